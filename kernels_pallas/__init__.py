@@ -1,0 +1,9 @@
+"""The gated delta rule (arXiv:2412.06464) on arrays: no Flax, no Optax, no configuration of ours."""
+
+from kernels_pallas.gated_delta_rule.api import (
+    gated_delta_rule,
+    gated_delta_rule_from_gates,
+    gated_delta_step,
+)
+
+__all__ = ["gated_delta_rule", "gated_delta_rule_from_gates", "gated_delta_step"]
