@@ -1,0 +1,193 @@
+"""Building blocks: parameter maker, projection, RMSNorm, short causal convolution, SwiGLU."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gdn_jax.array_types import Tap, no_tap
+from gdn_jax.config import GDNConfig
+from gdn_jax.mup import axes as ax
+from gdn_jax.mup.rules import Rules, init_scale, param_rule
+from gdn_jax.mup.spec import ParamSpec, Role
+from gdn_jax.params import make_param
+
+unit_normal = jax.nn.initializers.normal(1.0)
+
+
+class ParamMaker:
+    """Makes the parameters of one layer: draws keys in order, looks sizes and scales up.
+
+    Args:
+        config: sizes, preset and base.
+        key: PRNG key of this layer.
+        rules: rules to take the initial scales from (may be traced); ``None``: those of ``config.preset``.
+    """
+
+    def __init__(self, config: GDNConfig, key: jax.Array, rules: Rules | None = None) -> None:
+        self.config = config
+        self.sizes = config.axis_sizes
+        self._key = key
+        self._made = 0
+        self._init_scale = _static_scale(config) if rules is None else init_scale(rules)
+
+    def __call__(
+        self,
+        initializer: Callable,
+        axes: tuple[str, ...],
+        *,
+        in_axes: tuple[str, ...] = (),
+        out_axes: tuple[str, ...],
+        role: Role,
+    ) -> nnx.Param:
+        """The next parameter; arguments as :func:`gdn_jax.params.make_param`."""
+        self._made += 1
+        return make_param(
+            jax.random.fold_in(self._key, self._made),
+            initializer,
+            self.sizes,
+            axes,
+            in_axes=in_axes,
+            out_axes=out_axes,
+            role=role,
+            init_scale=self._init_scale,
+        )
+
+
+def _static_scale(config: GDNConfig) -> Callable[[ParamSpec], float]:
+    ratios = ax.axis_ratios(config.axis_sizes, config.base_axis_sizes)
+    return lambda spec: param_rule(spec, config.preset, config.optimizer, ratios, config.width).init_std
+
+
+class Projection(nnx.Module):
+    """A bias-free linear map between named axes.
+
+    ``x [..., *in_axes] -> [..., *out_axes]``, computed in the dtype of ``x``.
+    """
+
+    def __init__(
+        self,
+        make: ParamMaker,
+        in_axes: tuple[str, ...],
+        out_axes: tuple[str, ...],
+        role: Role = Role.MATRIX,
+    ) -> None:
+        self.kernel = make(
+            unit_normal, (*in_axes, *out_axes), in_axes=in_axes, out_axes=out_axes, role=role
+        )
+        self.num_in = len(in_axes)
+
+    def __call__(self, x: Array, out_dtype: jnp.dtype | None = None) -> Array:
+        """Contracts the trailing ``in_axes`` of ``x``; accumulates, and with ``out_dtype`` returns, wider."""
+        contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        kernel = self.kernel[...].astype(x.dtype)
+        return jax.lax.dot_general(
+            x, kernel, (contracted, ((), ())), preferred_element_type=out_dtype or x.dtype
+        )
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * gain`` over one trailing axis, computed in float32."""
+
+    def __init__(self, make: ParamMaker, axis: str, eps: float) -> None:
+        self.gain = make(jax.nn.initializers.ones, (axis,), out_axes=(axis,), role=Role.NORM_GAIN)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        """Returns the dtype of ``x``."""
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        gain = jnp.expand_dims(self.gain[...], tuple(range(x.ndim - 1)))
+        return (wide * scale * gain).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+    """Depthwise causal convolution along time, then SiLU; never looks across a document border."""
+
+    def __init__(self, make: ParamMaker, channels: tuple[str, str]) -> None:
+        self.kernel = make(unit_normal, (ax.CONV, *channels), out_axes=channels, role=Role.CONV)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T heads dim"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        tail: Float[Array, "B taps heads dim"] | None = None,
+        tail_segments: Int[Array, "B taps"] | None = None,
+    ) -> Float[Array, "B T heads dim"]:
+        """``y_t = SiLU(sum_j kernel[j] x[t - (J-1) + j])`` in the dtype of ``x``.
+
+        Args:
+            x: inputs.
+            segment_ids: document of each position; taps of another document count as zero.
+            tail: the ``J - 1`` inputs before ``x``; zeros by default.
+            tail_segments: their documents; needed with both ``tail`` and ``segment_ids``.
+        """
+        taps = self.kernel.shape[0]
+        kernel = self.kernel[...].astype(x.dtype)
+        length = x.shape[1]
+        if tail is None:
+            padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0)))
+        else:
+            padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        if segment_ids is not None and tail_segments is None:
+            tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
+        total = x * kernel[None, None, taps - 1]
+        for j in range(taps - 1):
+            shifted = padded[:, j : j + length]
+            if segment_ids is not None and tail_segments is not None:
+                segments = jnp.concatenate([tail_segments, segment_ids], axis=1)
+                same = segments[:, j : j + length] == segment_ids
+                shifted = jnp.where(same[..., None, None], shifted, jnp.zeros((), x.dtype))
+            total = total + shifted * kernel[None, None, j]
+        return jax.nn.silu(total)
+
+
+class SwiGLU(nnx.Module):
+    """``W_down (SiLU(W_gate x) * W_up x)`` (arXiv:2002.05202)."""
+
+    def __init__(self, make: ParamMaker) -> None:
+        self.gate = Projection(make, (ax.EMBED,), (ax.MLP,))
+        self.up = Projection(make, (ax.EMBED,), (ax.MLP,))
+        self.down = Projection(make, (ax.MLP,), (ax.EMBED,))
+
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
+        """Same dtype as ``x``."""
+        x = tap("mlp_input", x)
+        hidden = tap("mlp_hidden", jax.nn.silu(self.gate(x)) * self.up(x))
+        return tap("mlp_output", self.down(hidden))
+
+
+def decay_rate_log(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """``A_log = log A`` with A uniform on (0, 16), and at least 0.01 so that the log stays tame."""
+    return jnp.log(jnp.maximum(16.0 * jax.random.uniform(key, shape, dtype), 0.01))
+
+
+def time_step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """``dt_bias = softplus^-1(dt)`` with dt log-uniform on [1e-3, 1e-1]."""
+    return inverse_softplus(_log_uniform(jax.random.uniform(key, shape, dtype)))
+
+
+def gate_quantiles(num_heads: int) -> tuple[jax.Array, jax.Array]:
+    """``(A_log, dt_bias)`` on a grid of quantiles of their distributions, ``[num_heads]`` float32 each.
+
+    Sampling noise of few heads looks like a dependence on width; coordinate checks start from this.
+    The second coordinate is a golden-ratio sequence, so that the pairs fill the square.
+    """
+    grid = (jnp.arange(num_heads, dtype=jnp.float32) + 0.5) / num_heads
+    golden = (jnp.arange(num_heads, dtype=jnp.float32) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1.0
+    return jnp.log(jnp.maximum(16.0 * grid, 0.01)), inverse_softplus(_log_uniform(golden))
+
+
+def _log_uniform(uniform: jax.Array) -> jax.Array:
+    low, high = math.log(1e-3), math.log(1e-1)
+    return jnp.exp(low + (high - low) * uniform)
+
+
+def inverse_softplus(x: jax.Array) -> jax.Array:
+    """``y`` with ``softplus(y) = x``, for x > 0, without overflow or cancellation."""
+    return x + jnp.log(-jnp.expm1(-x))
+
+

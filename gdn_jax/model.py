@@ -1,0 +1,162 @@
+"""The language model: embedding, scanned pre-norm blocks of mixer and SwiGLU MLP, readout."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdn_jax.array_types import Logits, SegmentIds, Tap, Tokens, no_tap
+from gdn_jax.config import GDNConfig
+from gdn_jax.layers import ParamMaker, RMSNorm, SwiGLU, unit_normal
+from gdn_jax.mixer import GatedDeltaNet
+from gdn_jax.mup import axes as ax
+from gdn_jax.mup.rules import Rules, resolve_rules
+from gdn_jax.mup.spec import Role
+from gdn_jax.params import param_specs, stack_layers
+
+
+class Multiplier(nnx.Variable):
+    """A forward factor of the parametrization: part of the model, not trained."""
+
+
+class Block(nnx.Module):
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: GDNConfig, *, rngs: nnx.Rngs | jax.Array, rules: Rules | None = None) -> None:
+        key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
+        mixer_key, mlp_key = jax.random.split(key)
+        make = ParamMaker(config, mlp_key, rules)
+        self.mixer_norm = RMSNorm(make, ax.EMBED, config.norm_eps)
+        self.mixer = GatedDeltaNet(config, rngs=mixer_key, rules=rules)
+        self.mlp_norm = RMSNorm(make, ax.EMBED, config.norm_eps)
+        self.mlp = SwiGLU(make)
+
+    def __call__(
+        self, x: jax.Array, *, segment_ids: jax.Array | None = None, tap: Tap = no_tap
+    ) -> jax.Array:
+        """``x [B, T, D]`` to the same shape and dtype; arguments as :class:`GatedDeltaNet`."""
+        x = x + self.mixer(self.mixer_norm(x), segment_ids=segment_ids, tap=tap)
+        x = x + self.mlp(self.mlp_norm(x), tap=tap)
+        return tap("residual", x)
+
+
+class GDNLanguageModel(nnx.Module):
+    """Token ids to logits.
+
+    Args:
+        config: sizes and options.
+        rngs: ``nnx.Rngs`` (stream ``params``), or a PRNG key.
+        rules: initial scales and the logits multiplier, possibly traced; ``None``: those of
+            ``config.preset``.
+    """
+
+    def __init__(self, config: GDNConfig, *, rngs: nnx.Rngs | jax.Array, rules: Rules | None = None) -> None:
+        key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
+        outer_key, layers_key = jax.random.split(key)
+        make = ParamMaker(config, outer_key, rules)
+        self.config = config
+        self.embedding = make(
+            unit_normal,
+            (ax.VOCAB, ax.EMBED),
+            in_axes=(ax.VOCAB,),
+            out_axes=(ax.EMBED,),
+            role=Role.TIED_EMBEDDING if config.tie_embedding else Role.EMBEDDING,
+        )
+        self.layers = stack_layers(
+            lambda layer_key: Block(config, rngs=layer_key, rules=rules),
+            jax.random.split(layers_key, config.num_layers),
+        )
+        self.final_norm = RMSNorm(make, ax.EMBED, config.norm_eps)
+        if config.tie_embedding:
+            self.readout = None
+        else:
+            self.readout = make(
+                unit_normal, (ax.EMBED, ax.VOCAB), in_axes=(ax.EMBED,), out_axes=(ax.VOCAB,), role=Role.READOUT
+            )
+        multiplier = (rules or static_rules(self, config)).logits_multiplier
+        self.logits_multiplier = Multiplier(jnp.asarray(multiplier, jnp.float32))
+
+    def __call__(self, tokens: Tokens, segment_ids: SegmentIds | None = None) -> Logits:
+        """Logits, float32, of the token after each position.
+
+        Args:
+            tokens: int32 ids below ``vocab_size``.
+            segment_ids: int32 document of each position; 0 is padding. ``None``: one document a row.
+        """
+        return self._forward(tokens, segment_ids, None)[0]
+
+    def with_intermediates(
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None = None,
+        perturbations: Mapping[str, jax.Array] | None = None,
+    ) -> tuple[Logits, dict[str, jax.Array]]:
+        """As ``__call__``, and every tapped value by name; those of the blocks have a leading layer axis.
+
+        Args:
+            tokens: as in ``__call__``.
+            segment_ids: as in ``__call__``.
+            perturbations: added to the value of that name in each block ``[L, ...]``; the gradient
+                with respect to them is the gradient at that value.
+        """
+        return self._forward(tokens, segment_ids, perturbations or {})
+
+    def _forward(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        perturbations: Mapping[str, jax.Array] | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        config = self.config
+        dtype = jnp.dtype(config.compute_dtype)
+        graphdef, layers = nnx.split(self.layers)
+
+        def block(x: jax.Array, xs: tuple[Any, Mapping[str, jax.Array] | None]) -> tuple[jax.Array, Any]:
+            layer, added = xs
+            seen: dict[str, jax.Array] = {}
+
+            def tap(name: str, value: jax.Array) -> jax.Array:
+                if added is not None and name in added:
+                    value = value + added[name]
+                seen[name] = value
+                return value
+
+            x = nnx.merge(graphdef, layer)(
+                x, segment_ids=segment_ids, tap=no_tap if added is None else tap
+            )
+            return x, seen
+
+        embedded = self.embedding[...].astype(dtype)[tokens]
+        body = jax.checkpoint(block) if config.remat else block
+        x, seen = jax.lax.scan(body, embedded, (layers, perturbations))
+        normed = self.final_norm(x)
+        if self.readout is None:
+            kernel = self.embedding[...].T
+        else:
+            kernel = self.readout[...]
+        logits = jnp.einsum(
+            "btd,dv->btv", normed, kernel.astype(dtype), preferred_element_type=jnp.float32
+        )
+        logits = logits * self.logits_multiplier[...]
+        if perturbations is not None:
+            seen |= {"embedding": embedded, "final_norm": normed, "logits": logits}
+        return logits, seen
+
+
+def static_rules(model: nnx.Module, config: GDNConfig, optimizer: str | None = None) -> Rules:
+    """The rules of a model of this config, as numbers.
+
+    Args:
+        model: any module whose parameters are declared, abstract or not.
+        config: gives preset, sizes and base sizes.
+        optimizer: ``"adamw"`` or ``"sgd"``; ``None``: ``config.optimizer``.
+    """
+    return resolve_rules(
+        param_specs(model),
+        preset=config.preset,
+        optimizer=optimizer or config.optimizer,
+        sizes=config.axis_sizes,
+        base_sizes=config.base_axis_sizes,
+    )

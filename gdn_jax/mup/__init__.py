@@ -1,0 +1,32 @@
+"""The muP engine: axes and roles of parameters, the rule table, and the optimizers that apply it."""
+
+from gdn_jax.mup.axes import axis_ratios
+from gdn_jax.mup.optim import adamw, group_labels, sgd
+from gdn_jax.mup.rules import (
+    DECAY_MODES,
+    OPTIMIZERS,
+    PRESETS,
+    ParamRule,
+    Rules,
+    init_scale,
+    param_rule,
+    resolve_rules,
+)
+from gdn_jax.mup.spec import ParamSpec, Role
+
+__all__ = [
+    "DECAY_MODES",
+    "OPTIMIZERS",
+    "PRESETS",
+    "ParamRule",
+    "ParamSpec",
+    "Role",
+    "Rules",
+    "adamw",
+    "axis_ratios",
+    "group_labels",
+    "init_scale",
+    "param_rule",
+    "resolve_rules",
+    "sgd",
+]

@@ -1,0 +1,136 @@
+"""Optax chains that apply the rule table: one ``optax.partition`` over the parameter groups.
+
+Every number may be traced (learning rate, decay, the rules themselves), so a chain can be built
+inside a jitted step and one compiled program serves a whole sweep. The state does not depend on them.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from gdn_jax.mup.rules import DECAY_MODES, ParamRule, Rules, effective_decay, spec_leaves
+from gdn_jax.mup.spec import ParamSpec
+
+type ScalarOrSchedule = Any
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    specs: Any,
+    rules: Rules,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    decay_mode: str = "width_free",
+    clip_norm: float | None = 1.0,
+    peak_learning_rate: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with the rule table's learning rates, decay and epsilon.
+
+    Args:
+        learning_rate: at the base width; a number, a traced scalar, or an optax schedule.
+        specs: tree of ``ParamSpec`` with the structure of the parameters (``params.param_specs``).
+        rules: ``rules.resolve_rules(specs, optimizer="adamw", ...)``.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: Adam's epsilon at the base width; scaled by ``rules.epsilon_multiplier``.
+        weight_decay: lambda at the base width; applied where the rules say so.
+        decay_mode: ``"width_free"``, ``"coupled"`` or ``"independent"``; see ``rules.effective_decay``.
+        clip_norm: one global-norm clip over all groups; ``None``: none.
+        peak_learning_rate: the schedule's maximum; only ``decay_mode="independent"`` needs it, and only
+            when ``learning_rate`` is not constant.
+
+    Raises:
+        ValueError: an unknown decay mode, or ``independent`` with a schedule and no peak.
+    """
+    core = optax.scale_by_adam(b1=b1, b2=b2, eps=eps * rules.epsilon_multiplier)
+    return _partitioned(
+        core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
+    )
+
+
+def sgd(
+    learning_rate: ScalarOrSchedule,
+    specs: Any,
+    rules: Rules,
+    *,
+    momentum: float = 0.98,
+    nesterov: bool = True,
+    weight_decay: Any = 0.0,
+    decay_mode: str = "width_free",
+    clip_norm: float | None = 1.0,
+    peak_learning_rate: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with (Nesterov) momentum and the rule table's learning rates.
+
+    Arguments as :func:`adamw`; ``momentum`` is the decay of the trace. ``rules`` must have been
+    resolved for ``optimizer="sgd"``.
+    """
+    core = optax.trace(decay=momentum, nesterov=nesterov)
+    return _partitioned(
+        core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
+    )
+
+
+def group_labels(specs: Any) -> Any:
+    """The label tree of ``optax.partition``: each spec's group name."""
+    return jax.tree.map(lambda spec: spec.group, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def _partitioned(
+    core: optax.GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    specs: Any,
+    rules: Rules,
+    weight_decay: Any,
+    decay_mode: str,
+    clip_norm: float | None,
+    peak_learning_rate: Any | None,
+) -> optax.GradientTransformationExtraArgs:
+    if decay_mode not in DECAY_MODES:
+        raise ValueError(f"decay_mode must be one of {', '.join(DECAY_MODES)}; got {decay_mode!r}.")
+    if decay_mode == "independent" and callable(learning_rate) and peak_learning_rate is None:
+        raise ValueError(
+            "decay_mode='independent' divides the schedule by its peak: give peak_learning_rate=max of it."
+        )
+    groups = {spec.group for spec in spec_leaves(specs)}
+    unknown = sorted(groups - set(rules.groups))
+    if unknown:
+        raise ValueError(f"rules must cover every parameter group; missing {', '.join(unknown)}.")
+    transforms = {
+        group: optax.chain(
+            core, _step_size(rules.groups[group], learning_rate, weight_decay, decay_mode, peak_learning_rate)
+        )
+        for group in sorted(groups)
+    }
+    partition = optax.partition(transforms, group_labels(specs))
+    # One clip, outside the partition: inside, each group would be clipped on its own.
+    return optax.chain(optax.clip_by_global_norm(clip_norm), partition) if clip_norm is not None else partition
+
+
+def _step_size(
+    rule: ParamRule,
+    learning_rate: ScalarOrSchedule,
+    weight_decay: Any,
+    decay_mode: str,
+    peak_learning_rate: Any | None,
+) -> optax.GradientTransformation:
+    """``update -> -(LR x multiplier x update + decay x weight)``."""
+
+    def decay_at(rate: Any) -> Any:
+        fraction = 1.0 if peak_learning_rate is None else rate / peak_learning_rate
+        return -effective_decay(rule, rate, weight_decay, fraction, decay_mode)
+
+    if callable(learning_rate):
+        schedule = learning_rate
+        return optax.chain(
+            optax.scale_by_schedule(lambda count: -schedule(count) * rule.lr_multiplier),
+            optax.add_decayed_weights(lambda count: decay_at(schedule(count))),
+        )
+    return optax.chain(
+        optax.scale(-learning_rate * rule.lr_multiplier),
+        optax.add_decayed_weights(decay_at(learning_rate)),
+    )

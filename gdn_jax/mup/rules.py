@@ -1,0 +1,284 @@
+"""THE table: role x optimizer -> initial standard deviation, learning rate x, decay, forward x.
+
+Everything is a function of the ratios of a parameter's in and out axes to the base model's; at the
+base every factor is exactly 1. One form gives both regimes: head dims fixed and head counts growing,
+and head counts fixed and head dims growing (arXiv:2606.04048). Sources: Tensor Programs V
+(arXiv:2203.03466, table 8), arXiv:2606.04048 for the gates under SGD, arXiv:2407.05872 for Adam's
+epsilon. Derivation: a coordinate of a hidden vector of width m has a gradient of Theta(1/m); a
+per-head gate collects d_v such terms, which add incoherently.
+
+A preset is a table of rows, never a copy of the model. The values may be traced: a compiled step
+takes them as arguments, so that one program serves every preset.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+
+from gdn_jax.mup import axes as ax
+from gdn_jax.mup.spec import ParamSpec, Role
+
+type Preset = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
+type OptimizerName = Literal["adamw", "sgd"]
+PRESETS: tuple[str, ...] = get_args(Preset.__value__)
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName.__value__)
+
+
+class ParamRule(NamedTuple):
+    """What the table says of one parameter group; numbers, or traced scalars."""
+
+    init_std: Any
+    lr_multiplier: Any
+    # 1 where weight decay applies, else 0.
+    decay: Any
+
+
+class Rules(NamedTuple):
+    """The rules of a whole model: a pytree of scalars.
+
+    Attributes:
+        groups: ``ParamSpec.group`` to :class:`ParamRule`.
+        logits_multiplier: factor on the logits.
+        epsilon_multiplier: factor on Adam's epsilon.
+    """
+
+    groups: dict[str, ParamRule]
+    logits_multiplier: Any
+    epsilon_multiplier: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dims:
+    """What a rule may depend on."""
+
+    fan_in: int
+    r_in: float
+    r_out: float
+    # Ratio of the value head dim: the number of terms that a per-head gate's gradient collects.
+    r_value_dim: float
+    # Model width, and its ratio.
+    n: float
+    r: float
+
+
+type _Factor = Callable[[_Dims], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    init_std: _Factor
+    sgd: _Factor
+    adamw: _Factor
+    decay: bool = False
+
+
+def _one(_: _Dims) -> float:
+    return 1.0
+
+
+def _fan_in_std(d: _Dims) -> float:
+    # 1/sqrt(fan_in) at the base, times r_in^(-1/2): one formula, exact at the base.
+    return d.fan_in**-0.5
+
+
+def _constant(value: float) -> _Factor:
+    return lambda _: value
+
+
+# Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gates from
+# arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
+_MUP: dict[Role, _Row] = {
+    Role.MATRIX: _Row(_fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True),
+    Role.GATE_MATRIX: _Row(_fan_in_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
+    Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out * d.r_value_dim**0.5, _one),
+    Role.CONV: _Row(_fan_in_std, lambda d: d.r_out, _one),
+    Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
+    Role.EMBEDDING: _Row(_one, lambda d: d.r_out, _one),
+    # 0.02: a tied embedding is the readout as well, and rows of unit variance would start
+    # at a loss of hundreds of nats.
+    Role.TIED_EMBEDDING: _Row(_constant(0.02), lambda d: d.r_out, _one),
+    Role.READOUT: _Row(_constant(0.0), lambda d: d.r_in, _one),
+}
+
+# "Original muP" of arXiv:2606.04048: gates under SGD keep the base learning rate.
+_MUP_STANDARD = _MUP | {
+    Role.GATE_MATRIX: dataclasses.replace(_MUP[Role.GATE_MATRIX], sgd=_one),
+    Role.GATE_SCALAR: dataclasses.replace(_MUP[Role.GATE_SCALAR], sgd=_one),
+}
+
+# Standard parametrization with the same base as mup, so that the two coincide there.
+_SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one) for role, row in _MUP.items()}
+
+# Ablation: embedding learning rate alone (arXiv:2605.21486 says it explains most of muP's gain).
+_SP_EMBEDDING = _SP | {
+    Role.EMBEDDING: dataclasses.replace(_SP[Role.EMBEDDING], adamw=lambda d: d.r, sgd=lambda d: d.r)
+}
+
+# The paper's baseline: standard deviation 0.02 for everything drawn at random, one learning rate.
+_SP_CONSTANT = {
+    role: dataclasses.replace(row, init_std=row.init_std if role in (Role.NORM_GAIN, Role.GATE_SCALAR) else _constant(0.02))
+    for role, row in _SP.items()
+}
+
+# What the paper's public code does, faults included: under AdamW conv kernels and gains freeze as 1/n.
+# Decay on all but gate scalars and norms; Adam's epsilon unscaled.
+_PAPER_HIDDEN_STD: dict[str, float] = {"adamw": 0.5, "sgd": 0.32}
+
+
+def _paper_code(optimizer: str) -> dict[Role, _Row]:
+    def hidden_std(d: _Dims) -> float:
+        return _PAPER_HIDDEN_STD[optimizer] * d.n**-0.5
+
+    def conv_std(d: _Dims) -> float:
+        return 0.5 * d.n**-0.5
+
+    def shrink(d: _Dims) -> float:
+        return 1 / d.r
+
+    embedding = _Row(_constant(0.02), lambda d: d.r, _one, decay=True)
+    return {
+        Role.MATRIX: _Row(hidden_std, _one, shrink, decay=True),
+        Role.GATE_MATRIX: _Row(hidden_std, lambda d: d.r**-0.5, shrink, decay=True),
+        Role.GATE_SCALAR: _Row(_one, lambda d: d.r**0.5, _one),
+        Role.CONV: _Row(conv_std, _one, shrink, decay=True),
+        Role.NORM_GAIN: _Row(_one, _one, shrink),
+        Role.EMBEDDING: embedding,
+        Role.TIED_EMBEDDING: embedding,
+        Role.READOUT: embedding,
+    }
+
+
+def _table(preset: str, optimizer: str) -> dict[Role, _Row]:
+    tables = {
+        "mup": _MUP,
+        "mup_standard": _MUP_STANDARD,
+        "sp": _SP,
+        "sp_embedding": _SP_EMBEDDING,
+        "sp_constant": _SP_CONSTANT,
+    }
+    return _paper_code(optimizer) if preset == "paper_code" else tables[preset]
+
+
+# Presets that shrink the logits and Adam's epsilon with width.
+_SCALED_LOGITS = frozenset({"mup", "mup_standard", "paper_code"})
+_SCALED_EPSILON = frozenset({"mup", "mup_standard"})
+
+
+def check_preset(preset: str, optimizer: str) -> None:
+    """Raises ValueError for a preset or an optimizer that does not exist, naming those that do."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}.")
+
+
+def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRatios, width: float) -> ParamRule:
+    """The table's row for one parameter.
+
+    Args:
+        spec: the parameter's declaration.
+        preset: one of ``PRESETS``.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        ratios: axis name to size / base size.
+        width: size of the ``embed`` axis (only ``paper_code`` uses it).
+
+    Raises:
+        ValueError: unknown preset or optimizer, an axis without a ratio, or a tied embedding
+            under ``sp_embedding``, which is defined for an untied one.
+    """
+    check_preset(preset, optimizer)
+    if preset == "sp_embedding" and spec.role is Role.TIED_EMBEDDING:
+        raise ValueError("preset sp_embedding is defined for an untied embedding; use tie_embedding=False.")
+    row = _table(preset, optimizer)[spec.role]
+    dims = _Dims(
+        fan_in=spec.fan_in,
+        r_in=ax.product(ratios, spec.in_axes),
+        r_out=ax.product(ratios, spec.out_axes),
+        r_value_dim=ratios.get(ax.VALUE_DIM, 1.0),
+        n=width,
+        r=ratios[ax.EMBED],
+    )
+    factor = row.adamw if optimizer == "adamw" else row.sgd
+    return ParamRule(row.init_std(dims), factor(dims), float(row.decay))
+
+
+def resolve_rules(
+    specs: Any, *, preset: str, optimizer: str, sizes: ax.AxisSizes, base_sizes: ax.AxisSizes | None
+) -> Rules:
+    """The rules of a model, as Python floats.
+
+    Args:
+        specs: tree of :class:`ParamSpec` (``params.param_specs``).
+        preset: one of ``PRESETS``.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        sizes: axis sizes of the model.
+        base_sizes: axis sizes of the base model; ``None``: the model is its own base.
+
+    Raises:
+        ValueError: see :func:`param_rule`, :func:`axes.axis_ratios`.
+    """
+    check_preset(preset, optimizer)
+    ratios = ax.axis_ratios(sizes, sizes if base_sizes is None else base_sizes)
+    groups: dict[str, ParamRule] = {}
+    for spec in spec_leaves(specs):
+        rule = param_rule(spec, preset, optimizer, ratios, sizes[ax.EMBED])
+        known = groups.setdefault(spec.group, rule)
+        if known != rule:
+            raise ValueError(f"parameters of group {spec.group} must share one rule; got {known} and {rule}.")
+    r = ratios[ax.EMBED]
+    return Rules(
+        groups,
+        logits_multiplier=1 / r if preset in _SCALED_LOGITS else 1.0,
+        epsilon_multiplier=1 / r if preset in _SCALED_EPSILON else 1.0,
+    )
+
+
+def spec_leaves(specs: Any) -> Iterable[ParamSpec]:
+    """The specs of a tree, in the order of ``jax.tree.leaves``."""
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def init_scale(rules: Rules) -> Callable[[ParamSpec], Any]:
+    """Looks a parameter's initial standard deviation up in ``rules``."""
+    return lambda spec: rules.groups[spec.group].init_std
+
+
+def effective_decay(
+    rule: ParamRule, learning_rate: Any, weight_decay: Any, schedule: Any, mode: str
+) -> Any:
+    """Fraction of a weight that one step removes.
+
+    Args:
+        rule: the parameter's rule.
+        learning_rate: peak learning rate at the base, times ``schedule``.
+        weight_decay: lambda, as the user gives it at the base.
+        schedule: learning rate / peak learning rate at this step, in [0, 1].
+        mode: ``"coupled"``: LR x multiplier x lambda. ``"width_free"``: LR x lambda, free of width
+            while it follows the learning rate (arXiv:2510.19093). ``"independent"``: lambda x
+            schedule, no learning rate in it (arXiv:2405.13698).
+    """
+    if mode == "coupled":
+        return rule.decay * weight_decay * learning_rate * rule.lr_multiplier
+    if mode == "width_free":
+        return rule.decay * weight_decay * learning_rate
+    if mode == "independent":
+        return rule.decay * weight_decay * schedule
+    raise ValueError(f"decay_mode must be one of {', '.join(DECAY_MODES)}; got {mode!r}.")
+
+
+type DecayMode = Literal["coupled", "width_free", "independent"]
+DECAY_MODES: tuple[str, ...] = get_args(DecayMode.__value__)
+
+
+def describe_ratio(value: float) -> str:
+    """A factor as a power of two where it is one, else with four digits: ``2^-1.5``, ``0.3333``."""
+    if value > 0:
+        exponent = math.log2(value)
+        if abs(exponent * 2 - round(exponent * 2)) < 1e-9:
+            return "1" if exponent == 0 else f"2^{exponent:g}"
+    return f"{value:.4g}"
+
+

@@ -1,0 +1,141 @@
+"""The one way to make a parameter: its value, its axes and its role, declared together.
+
+Initialisation scale, learning-rate multiplier, weight decay and sharding are all derived from the
+declaration (:class:`ParamSpec`) by pure functions; no code matches on parameter names or paths.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gdn_jax.mup import axes as ax
+from gdn_jax.mup.spec import RANDOM_ROLES, ParamSpec, Role
+
+
+def make_param(
+    key: jax.Array,
+    initializer: Callable[[jax.Array, tuple[int, ...], Any], jax.Array],
+    sizes: Mapping[str, int],
+    axes: tuple[str, ...],
+    *,
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    role: Role,
+    init_scale: Callable[[ParamSpec], jax.Array | float],
+) -> nnx.Param:
+    """Makes a float32 parameter that carries its :class:`ParamSpec` as metadata ``spec``.
+
+    Args:
+        key: PRNG key.
+        initializer: ``(key, shape, dtype) -> array``; draws of unit variance for the roles in
+            ``RANDOM_ROLES``, the final values for the others.
+        sizes: axis name to size.
+        axes: axis name of each dimension; the shape is ``sizes[axis]`` of each.
+        in_axes: axes summed over.
+        out_axes: axes produced.
+        role: the row of the rule table.
+        init_scale: standard deviation as a function of the spec; may be traced.
+
+    Raises:
+        ValueError: an axis is unknown or not part of ``axes``.
+    """
+    foreign = sorted((set(in_axes) | set(out_axes)) - set(axes))
+    if foreign:
+        raise ValueError(f"in_axes and out_axes must be among axes {axes}; got {', '.join(foreign)} besides.")
+    unknown = sorted(set(axes) - set(sizes))
+    if unknown:
+        raise ValueError(f"axes must be among {', '.join(sorted(sizes))}; got {', '.join(unknown)}.")
+    shape = tuple(sizes[axis] for axis in axes)
+    fan_axes = (ax.CONV,) if role is Role.CONV else in_axes
+    fan_in = 1
+    for axis in fan_axes:
+        fan_in *= sizes[axis]
+    spec = ParamSpec(axes, in_axes, out_axes, role, fan_in, shape)
+    value = initializer(key, shape, jnp.float32)
+    if role in RANDOM_ROLES:
+        value = value * init_scale(spec)
+    return nnx.Param(value, spec=spec)
+
+
+def declare(
+    param: nnx.Param,
+    axes: tuple[str, ...],
+    *,
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    role: Role,
+) -> None:
+    """Declares a parameter that other code made (an ``nnx.Linear`` kernel, say), in place.
+
+    The value is left as it is: initialising it at the scale that the rules ask for is the caller's task.
+
+    Raises:
+        ValueError: the number of axes is not the parameter's rank.
+    """
+    shape = param.shape
+    if len(axes) != len(shape):
+        raise ValueError(f"axes must name each dimension of a parameter of shape {shape}; got {axes}.")
+    sizes = dict(zip(axes, shape, strict=True))
+    fan_in = 1
+    for axis in (ax.CONV,) if role is Role.CONV else in_axes:
+        fan_in *= sizes[axis]
+    param.set_metadata(spec=ParamSpec(axes, in_axes, out_axes, role, fan_in, tuple(shape)))
+
+
+def stack_layers[M: nnx.Module](make_layer: Callable[[jax.Array], M], keys: jax.Array) -> M:
+    """Makes ``len(keys)`` layers as one module whose parameters have a leading ``layers`` axis.
+
+    ``nnx.vmap`` stacks the values but not the axis names; this adds them.
+    """
+    stacked = nnx.vmap(make_layer)(keys)
+    count = keys.shape[0]
+    for _, variable in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
+        spec = variable.get_metadata("spec")
+        assert variable.shape == (count, *spec.sizes), "a stacked parameter has one dimension more"
+    for _, node in nnx.iter_graph(stacked):
+        if isinstance(node, nnx.Param):
+            spec = node.get_metadata("spec")
+            node.set_metadata(
+                spec=dataclasses.replace(spec, axes=(ax.LAYERS, *spec.axes), sizes=(count, *spec.sizes))
+            )
+    return stacked
+
+
+def param_specs(params: Any) -> Any:
+    """The specs of a model's parameters, as a tree of the structure of ``params``.
+
+    Args:
+        params: an ``nnx.Module``, or a pytree whose parameters are ``nnx.Param`` (``nnx.state(model, nnx.Param)``).
+            Abstract values (``nnx.eval_shape``) do.
+
+    Returns:
+        A nested dict (from a module) or a tree like ``params`` with a :class:`ParamSpec` at each leaf.
+
+    Raises:
+        ValueError: a parameter was never declared; the message names all of them.
+    """
+    if isinstance(params, nnx.Module):
+        flat = nnx.to_flat_state(nnx.state(params, nnx.Param))
+        specs = {path: variable.get_metadata().get("spec") for path, variable in flat}
+        _require_declared({"/".join(map(str, path)): spec for path, spec in specs.items()})
+        return nnx.traversals.unflatten_mapping(specs)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    found = {
+        jax.tree_util.keystr(path): value.get_metadata().get("spec") if isinstance(value, nnx.Variable) else None
+        for path, value in flat
+    }
+    _require_declared(found)
+    return jax.tree.unflatten(jax.tree.structure(params), list(found.values()))
+
+
+def _require_declared(specs: Mapping[str, ParamSpec | None]) -> None:
+    missing = [path for path, spec in specs.items() if not isinstance(spec, ParamSpec)]
+    if missing:
+        raise ValueError(
+            f"every parameter must be declared with axes and a role; {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not. Use gdn_jax.params.declare(param, axes, ...)."
+        )

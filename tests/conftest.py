@@ -1,0 +1,13 @@
+"""The strict session: two cores, warnings are errors (pyproject), rank promotion raises, annotations checked."""
+
+import os
+import pathlib
+
+# Before jax is imported: tests never want an accelerator, and a compilation cache makes a second run quick.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
