@@ -1,0 +1,1 @@
+"""The application behind the command `gdn`: data, mesh, step, loop, checkpoint, sweep and report."""
