@@ -1,0 +1,206 @@
+"""The report of a sweep: a pure function of its rows. How it judges is said in `report_analysis`."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from train.report_analysis import ABSCISSA, NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
+from train.report_figure import amount, plot
+from train.report_rows import SAME, Rows, check_rows, read_rows
+
+__all__ = ["analyse", "plot", "read_rows", "table", "verdict", "write_report"]
+
+# Runs of two presets that are one model by construction; what is left is the rounding of packed programs.
+_SAME_LOSS_NATS = 1e-3
+
+
+def analyse(rows: Rows) -> dict[str, Any]:
+    """The content of `report.json`: optimum, interval, drift and regret per preset, and the verdict.
+
+    Learning rates are log2, losses nats, widths are keys as strings; numbers have six decimals. What cannot
+    be said is null, with its reason beside it. `report_analysis` defines each.
+
+    Raises:
+        ValueError: as `read_rows`, of which only the file is not needed here.
+    """
+    rows = check_rows(rows)
+    first = rows[0]
+    by_preset = curves(rows)
+    report: dict[str, Any] = {
+        **{key: first[key] for key in SAME},
+        "abscissa": ABSCISSA,
+        "code_versions": sorted({str(row["code_version"]) for row in rows}),
+        "presets": {name: analyse_preset(widths, first["base_width"]) for name, widths in by_preset.items()},
+        "runs": len(rows),
+        "runs_diverged": sum(row["val_loss"] is None for row in rows),
+        "seeds": sorted({row["seed"] for row in rows}),
+        "widths": sorted({row["width"] for row in rows}),
+    }
+    report["notes"] = _notes(rows, report)
+    report = _rounded(report)
+    report["verdict"] = verdict(report)
+    return report
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        # Adding 0.0 turns -0.0 into 0.0.
+        return round(value, 6) + 0.0
+    if isinstance(value, dict):
+        return {str(key): _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return value
+
+
+def _notes(rows: Rows, report: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if len(report["code_versions"]) > 1:
+        notes.append(
+            f"the rows come from {len(report['code_versions'])} code versions: "
+            f"{', '.join(report['code_versions'])}"
+        )
+    base = report["base_width"]
+    losses: dict[str, dict[tuple[float, int], float]] = {"mup": {}, "sp": {}}
+    for row in rows:
+        if row["preset"] in losses and row["width"] == base and row["val_loss"] is not None:
+            losses[row["preset"]][row[ABSCISSA], row["seed"]] = row["val_loss"]
+    shared = losses["mup"].keys() & losses["sp"].keys()
+    if shared:
+        gap = max(abs(losses["mup"][point] - losses["sp"][point]) for point in shared)
+        if gap <= _SAME_LOSS_NATS:
+            notes.append(
+                f"mup and sp are the same model at the base width {base}, and so are their losses there"
+            )
+        else:
+            notes.append(
+                f"mup and sp should be the same model at the base width {base}, but their losses there "
+                f"differ by up to {gap:.4f} nats over {len(shared)} runs: chaotic runs at large learning "
+                "rates, or a fault"
+            )
+    return notes
+
+
+def _signed(value: float) -> str:
+    # A typographic minus, and no sign before a zero.
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text in ("+0.00", "−0.00") else text
+
+
+def _bracket(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"[{_signed(interval[0])}, {_signed(interval[1])}]"
+
+
+def _listed(values: Sequence[object]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """One plain sentence: what the sweep shows of each preset, over which range, and no more."""
+    seeds = len(report["seeds"])
+    widths = report["widths"]
+    some_interval = any(p["drift_interval"] for p in report["presets"].values())
+    told = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    head = (
+        f"Over width{'s' if len(widths) > 1 else ''} {_listed(widths)} ({report['optimizer']}, "
+        f"regime {report['regime']}, {amount(report['tokens'])} tokens a run, "
+        f"{told}{'' if some_interval else ', no interval'}), "
+    )
+    parts = [_judged(name, preset, max(widths)) for name, preset in report["presets"].items()]
+    limits = "nothing is shown for other widths, tokens or data"
+    if min(widths) <= NOT_ASYMPTOTIC:
+        limits += f", and widths up to {NOT_ASYMPTOTIC} are narrower than the theory speaks of"
+    return f"{head}{'; '.join(parts)}; {limits}."
+
+
+def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
+    drift = preset["drift_octaves_per_doubling"]
+    if drift is None:
+        reasons = [f"width {w}: {reason}" for w, reason in preset["reason"].items() if reason]
+        what = f"{name} has no drift to state ({'; '.join(reasons) or preset['drift_reason']})"
+    else:
+        interval = _bracket(preset["drift_interval"])
+        moves = "transfers" if preset["transfers"] else "does not transfer"
+        what = f"the optimum of {name} {moves}, moving {_signed(drift)} octave per doubling of width"
+        what += f" {interval}" if interval else ""
+    run = preset["regret_run"]
+    if preset["regret_diverged"]:
+        return f"{what}, and the base width's learning rate diverges at width {run['width']}"
+    if preset["regret_nats"] is not None:
+        error = preset["regret_standard_error"]
+        spread = f" ± {error:.3f}" if error is not None else ""
+        cost = f"{preset['regret_nats']:.3f}{spread} nats at width {run['width']}"
+        return f"{what}, and the base width's learning rate costs {cost}"
+    return (
+        what
+        if drift is None or preset["drift_reason"] == "one width only"
+        else f"{what} (regret at width {widest} unknown)"
+    )
+
+
+def table(report: Mapping[str, Any]) -> Group:
+    """The report for a terminal: optima per width, then drift and regret per preset, notes, verdict."""
+    optima = Table(
+        title=f"Optimal learning rate, {report['optimizer']}, regime {report['regime']}", title_justify="left"
+    )
+    optima.add_column("preset")
+    for heading in ("width", "LR*", "log2 LR*", "95 % interval", "loss there", "best run"):
+        optima.add_column(heading, justify="right")
+    optima.add_column("remark", overflow="fold", ratio=1)
+    moves = Table(title="Transfer over width", title_justify="left")
+    for heading in ("preset", "drift (octaves / doubling)", "95 % interval", "regret (nats)", "transfers"):
+        moves.add_column(heading, justify="left" if heading == "preset" else "right")
+    moves.add_column("remark", overflow="fold", ratio=1)
+    for name, preset in report["presets"].items():
+        for width, place in preset["optimum_log2_lr"].items():
+            best, diverged = preset["best_run"][width], preset["diverged_log2_lr"][width]
+            remark = preset["reason"][width] or (
+                f"diverged at {', '.join(map(power_of_two, diverged))}" if diverged else ""
+            )
+            optima.add_row(
+                name,
+                width,
+                "—" if place is None else f"{2**place:.2e}",
+                "—" if place is None else f"{place:.2f}",
+                _bracket(preset["interval"][width]) or "—",
+                "—" if place is None else f"{preset['minimum_nats'][width]:.4f}",
+                "—" if best is None else f"{best['loss_nats']:.4f} at {power_of_two(best['log2_lr'])}",
+                remark,
+            )
+        optima.add_section()
+        drift, regret, error = (
+            preset[key] for key in ("drift_octaves_per_doubling", "regret_nats", "regret_standard_error")
+        )
+        moves.add_row(
+            name,
+            "—" if drift is None else _signed(drift),
+            _bracket(preset["drift_interval"]) or "—",
+            "diverged"
+            if preset["regret_diverged"]
+            else "—"
+            if regret is None
+            else f"{regret:.4f}" + (f" ± {error:.4f}" if error is not None else ""),
+            {True: "yes", False: "no", None: "—"}[preset["transfers"]],
+            "; ".join(dict.fromkeys(filter(None, (preset["drift_reason"], preset["regret_reason"])))),
+        )
+    notes = [Text(f"Note: {note}.") for note in report["notes"]]
+    return Group(optima, moves, *notes, Text(report["verdict"]))
+
+
+def write_report(directory: pathlib.Path) -> dict[str, Any]:
+    """Read `rows.jsonl` in `directory`, write `report.json` and `transfer.png` beside it, return the report.
+
+    The same rows give the same bytes, whatever their order.
+    """
+    rows = read_rows(directory / "rows.jsonl")
+    report = analyse(rows)
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+    plot(rows, report, directory / "transfer.png")
+    return report

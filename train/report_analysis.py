@@ -1,0 +1,331 @@
+"""Where the optimal learning rate lies at each width of a sweep, how far it moves, and what that costs.
+
+- **LR*(n)**: the minimum of a quadratic in log2 of the learning rate, fitted to the seed means of the points
+  within an octave of the best one. It takes at least 5 points, 2 of them on each side. Where the minimum is
+  not bracketed there is no optimum: null and a reason, never a number.
+- A learning rate at which **any** seed diverged counts as diverged.
+- **Drift**: least-squares slope of log2 LR* against log2 width (octaves per doubling), over all swept widths
+  or not at all.
+- **Regret**: loss of the run at the widest width whose learning rate is nearest to LR*(base), and at most
+  half an octave from it, minus the fitted minimum there.
+- **Intervals** (95 %) resample the seeds jointly over learning rates and widths, refitting the same points;
+  they need 5 seeds. Percentiles are widened for few seeds (expanded percentile interval: Hesterberg, "What
+  teachers should know about the bootstrap", 2015): plain ones of 5 seeds are a third too narrow. Seeds share
+  the order of the data, so an interval says nothing about other data.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+# The swept quantity: the only place that names it.
+ABSCISSA = "learning_rate"
+
+MIN_POINTS = 5
+MIN_SIDE = 2
+MIN_SEEDS = 5
+# Learning rates are often typed with two digits, which moves them by 0.03 octave as a rule.
+OCTAVE = 1.05
+# The grid's step: what a sweep can tell apart, and how near a run must be to stand for a learning rate.
+RESOLUTION = 0.5
+# Widths up to here are too narrow for the limit that the theory describes: no proxy is named among them.
+NOT_ASYMPTOTIC = 64
+RESAMPLES = 10_000
+RESAMPLING_SEED = 0
+# More resamples than this without a minimum, and the quantile of the others would flatter.
+LOST_RESAMPLES = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Loss against learning rate at one width of one preset; learning rates (log2) ascend."""
+
+    log2_lr: np.ndarray
+    # Seed means in nats, seed effects taken out where the learning rates have different seeds.
+    loss: np.ndarray
+    # Per learning rate: seed -> loss.
+    by_seed: list[dict[int, float]]
+    # log2 of the learning rates at which any seed diverged.
+    diverged: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The fitted minimum of a curve, or the reason why there is none."""
+
+    log2_lr: float | None = None
+    minimum: float | None = None
+    fit_rms: float | None = None
+    reason: str | None = None
+    # Not bracketed: the best point ends the curve, or the fit has no minimum among its points.
+    edge: bool = False
+    # -1: it lies below the grid, +1: above, 0: neither or unknown.
+    side: int = 0
+    # Indices into the curve of the points fitted, and the seeds that all of them have.
+    window: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def power_of_two(log2: float) -> str:
+    """`-8.5` as `2^-8.5`, two decimals at most."""
+    return f"2^{round(log2, 2):g}"
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
+    """The rows of one sweep as a `Curve` per preset and width, both in ascending order."""
+    grouped: dict[str, dict[int, dict[float, dict[int, float | None]]]] = {}
+    for row in rows:
+        points = grouped.setdefault(row["preset"], {}).setdefault(row["width"], {})
+        points.setdefault(math.log2(row[ABSCISSA]), {})[row["seed"]] = row["val_loss"]
+    return {
+        preset: {width: _curve(preset, width, points) for width, points in sorted(widths.items())}
+        for preset, widths in sorted(grouped.items())
+    }
+
+
+def _curve(preset: str, width: int, points: Mapping[float, Mapping[int, float | None]]) -> Curve:
+    finite, diverged = [], []
+    for log2_lr, losses in sorted(points.items()):
+        kept = {seed: loss for seed, loss in sorted(losses.items()) if loss is not None}
+        if len(kept) < len(losses):
+            diverged.append(log2_lr)
+        else:
+            finite.append((log2_lr, kept))
+    by_seed = [kept for _, kept in finite]
+    try:
+        loss = _seed_means(by_seed)
+    except ValueError as error:
+        raise ValueError(f"{preset}, width {width}: {error}") from None
+    return Curve(np.array([log2_lr for log2_lr, _ in finite]), loss, by_seed, diverged)
+
+
+def _seed_means(by_seed: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """Mean over the seeds per learning rate; two-way least squares where these have different seeds.
+
+    With 5 seeds near the optimum and one elsewhere, plain means would compare a lucky seed with an average.
+    """
+    if all(losses.keys() == by_seed[0].keys() for losses in by_seed):
+        return np.array([np.mean(list(losses.values())) for losses in by_seed])
+    seeds = sorted(set().union(*by_seed))
+    design, target = [], []
+    for index, losses in enumerate(by_seed):
+        for seed, loss in losses.items():
+            # loss = effect[learning rate] + effect[seed], the seeds' effects adding up to 0.
+            row = np.zeros(len(by_seed) + len(seeds) - 1)
+            row[index] = 1.0
+            if seed == seeds[-1]:
+                row[len(by_seed) :] = -1.0
+            else:
+                row[len(by_seed) + seeds.index(seed)] = 1.0
+            design.append(row)
+            target.append(loss)
+    effects, _, rank, _ = np.linalg.lstsq(np.array(design), np.array(target))
+    if rank < effects.size:
+        raise ValueError(
+            "some learning rates share no seed with the others, so their losses cannot be compared; "
+            "run one seed at every learning rate"
+        )
+    return effects[: len(by_seed)]
+
+
+def _vertex(log2_lr: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Minima of quadratics fitted to `losses` `[resamples, points]`: (place, value), or NaN."""
+    centre = log2_lr.mean()
+    c0, c1, c2 = np.linalg.pinv(np.vander(log2_lr - centre, 3, increasing=True)) @ losses.T
+    # A parabola flatter than rounding is no parabola.
+    convex = c2 > 1e-9
+    safe = np.where(convex, c2, 1.0)
+    place, value = centre - c1 / (2 * safe), c0 - c1**2 / (4 * safe)
+    inside = convex & (place >= log2_lr[0]) & (place <= log2_lr[-1])
+    return np.where(inside, place, np.nan), np.where(inside, value, np.nan)
+
+
+def find_optimum(curve: Curve) -> Optimum:
+    """LR* of one curve, as the module's docstring defines it."""
+    x, loss = curve.log2_lr, curve.loss
+    if not x.size:
+        return Optimum(reason="every learning rate diverged", edge=True, side=-1)
+    best = int(np.argmin(loss))
+    place = power_of_two(x[best])
+    if best == x.size - 1 and any(d > x[best] for d in curve.diverged):
+        reason = (
+            f"the best learning rate, {place}, is the largest that did not diverge: no minimum is bracketed"
+        )
+        return Optimum(reason=reason, edge=True, side=1)
+    if best in (0, x.size - 1):
+        end, beyond, side = ("lowest", "below", -1) if best == 0 else ("highest", "above", 1)
+        reason = f"the best learning rate, {place}, is the {end} that was run: extend the grid {beyond} it"
+        return Optimum(reason=reason, edge=True, side=side)
+    window = tuple(int(i) for i in np.flatnonzero(np.abs(x - x[best]) <= OCTAVE))
+    below, above = best - window[0], window[-1] - best
+    if len(window) < MIN_POINTS or min(below, above) < MIN_SIDE:
+        lost = sum(abs(d - x[best]) <= OCTAVE for d in curve.diverged)
+        reason = (
+            f"within an octave of the best learning rate, {place}, there are {below} below it and {above} "
+            f"above{f' (not counting {lost} that diverged)' if lost else ''}; a fit takes {MIN_SIDE} on each "
+            f"side, {MIN_POINTS} in all: {'use a finer grid' if lost else 'add half-octave ones'} there"
+        )
+        return Optimum(reason=reason, window=window)
+    fitted = x[list(window)]
+    vertex, minimum = (float(a[0]) for a in _vertex(fitted, loss[None, list(window)]))
+    if math.isnan(vertex):
+        reason = f"the quadratic around {place} has no minimum among its points: too flat or too noisy"
+        return Optimum(reason=reason, edge=True, window=window)
+    residual = loss[list(window)] - np.polyval(
+        np.polyfit(fitted - vertex, loss[list(window)], 2), fitted - vertex
+    )
+    seeds = set.intersection(*(set(curve.by_seed[i]) for i in window))
+    return Optimum(
+        vertex, minimum, float(np.sqrt(np.mean(residual**2))), None, False, 0, window, tuple(sorted(seeds))
+    )
+
+
+def _resampled_means(curve: Curve, points: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+    """Means over resampled seeds `[RESAMPLES, points]`; equal seeds give equal draws at every width."""
+    rng = np.random.default_rng(RESAMPLING_SEED)
+    draws = rng.integers(0, len(seeds), (RESAMPLES, len(seeds)))
+    losses = np.array([[curve.by_seed[i][seed] for i in points] for seed in seeds])
+    return losses[draws].mean(axis=1)
+
+
+def _interval(draws: np.ndarray, seeds: int) -> list[float] | None:
+    """95 % expanded percentile interval of bootstrap draws, or None where too many have no value."""
+    kept = draws[~np.isnan(draws)]
+    if kept.size < (1 - LOST_RESAMPLES) * draws.size:
+        return None
+    tail = stats.norm.cdf(math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.025, seeds - 1))
+    low, high = np.quantile(kept, [tail, 1 - tail])
+    return [float(low), float(high)]
+
+
+def analyse_preset(widths: Mapping[int, Curve], base_width: int) -> dict[str, Any]:
+    """One preset's part of `report.json`; `widths` ascends."""
+    optima = {width: find_optimum(curve) for width, curve in widths.items()}
+    # Resampled places of the optimum, per width that has one and 5 seeds.
+    draws: dict[int, np.ndarray] = {}
+    for width, optimum in optima.items():
+        if optimum.log2_lr is not None and len(optimum.seeds) >= MIN_SEEDS:
+            means = _resampled_means(widths[width], optimum.window, optimum.seeds)
+            draws[width] = _vertex(widths[width].log2_lr[list(optimum.window)], means)[0]
+    base = base_width if base_width in widths else min(widths)
+    result: dict[str, Any] = {
+        "base_width": base,
+        "optimum_log2_lr": {str(w): o.log2_lr for w, o in optima.items()},
+        "interval": {
+            str(w): _interval(draws[w], len(optima[w].seeds)) if w in draws else None for w in optima
+        },
+        "reason": {str(w): o.reason for w, o in optima.items()},
+        "minimum_nats": {str(w): o.minimum for w, o in optima.items()},
+        "fit_rms_nats": {str(w): o.fit_rms for w, o in optima.items()},
+        "fit_seeds": {str(w): len(o.seeds) for w, o in optima.items()},
+        "best_run": {str(w): _best_run(curve) for w, curve in widths.items()},
+        "diverged_log2_lr": {str(w): curve.diverged for w, curve in widths.items()},
+        "edge_minima": [w for w, o in optima.items() if o.edge],
+        "edge_side": {str(w): o.side for w, o in optima.items() if o.edge},
+    }
+    result |= _drift(optima, draws, base)
+    result |= _regret(widths, optima, base)
+    # Whether one learning rate serves all widths at the grid's resolution; null where an optimum is missing.
+    places = [optimum.log2_lr for optimum in optima.values() if optimum.log2_lr is not None]
+    result["transfers"] = None
+    if result["regret_diverged"]:
+        result["transfers"] = False
+    elif len(places) == len(optima) >= 2:
+        start = result["optimum_log2_lr"][str(base)]
+        result["transfers"] = max(abs(place - start) for place in places) <= RESOLUTION
+    result["proxy_from_width"] = _proxy_from_width(optima)
+    return result
+
+
+def _best_run(curve: Curve) -> dict[str, float] | None:
+    if not curve.loss.size:
+        return None
+    best = int(np.argmin(curve.loss))
+    return {"log2_lr": float(curve.log2_lr[best]), "loss_nats": float(curve.loss[best])}
+
+
+def _drift(optima: Mapping[int, Optimum], draws: Mapping[int, np.ndarray], base: int) -> dict[str, Any]:
+    nothing = {"drift_octaves_per_doubling": None, "drift_interval": None, "shift_octaves": None}
+    places = {width: optimum.log2_lr for width, optimum in optima.items() if optimum.log2_lr is not None}
+    missing = [width for width in optima if width not in places]
+    if missing:
+        return nothing | {"drift_reason": f"no optimum at width {', '.join(map(str, missing))}"}
+    if len(optima) < 2:
+        return nothing | {"drift_reason": "one width only"}
+    doublings = np.log2(np.array(list(optima)))
+    weights = (doublings - doublings.mean()) / np.sum((doublings - doublings.mean()) ** 2)
+    interval, reason = None, f"no interval: fewer than {MIN_SEEDS} seeds at some width"
+    if draws.keys() == optima.keys():
+        fewest = min(len(optimum.seeds) for optimum in optima.values())
+        interval = _interval(weights @ np.stack(list(draws.values())), fewest)
+        reason = None if interval else "no interval: some resamples of the seeds have no minimum"
+    return {
+        "drift_octaves_per_doubling": float(weights @ np.array(list(places.values()))),
+        "drift_interval": interval,
+        "shift_octaves": places[max(optima)] - places[base],
+        "drift_reason": reason,
+    }
+
+
+def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: int) -> dict[str, Any]:
+    widest = max(widths)
+    curve, optimum, asked = widths[widest], optima[widest], optima[base].log2_lr
+    out: dict[str, Any] = {
+        "regret_nats": None,
+        "regret_standard_error": None,
+        "regret_diverged": False,
+        "regret_reason": None,
+        "regret_run": None,
+    }
+    if widest == base:
+        return out | {"regret_reason": "one width only"}
+    if asked is None:
+        return out | {"regret_reason": f"no optimum at the base width {base}"}
+    # Ties go to the lower learning rate.
+    nearest = min(
+        sorted([*curve.log2_lr.tolist(), *curve.diverged]), key=lambda log2_lr: abs(log2_lr - asked)
+    )
+    distance = nearest - asked
+    run = {"width": widest, "log2_lr": nearest, ABSCISSA: 2.0**nearest, "distance_octaves": distance}
+    out["regret_run"] = run
+    if abs(distance) > RESOLUTION:
+        reason = (
+            f"no run at width {widest} within half an octave of {power_of_two(asked)}; "
+            f"the nearest is {power_of_two(nearest)}"
+        )
+        return out | {"regret_reason": reason}
+    if nearest in curve.diverged:
+        return out | {
+            "regret_diverged": True,
+            "regret_reason": f"the run at {power_of_two(nearest)} diverged",
+        }
+    index = curve.log2_lr.tolist().index(nearest)
+    run["loss_nats"] = float(curve.loss[index])
+    if optimum.minimum is None:
+        return out | {"regret_reason": f"no optimum at width {widest}"}
+    out["regret_nats"] = float(curve.loss[index]) - optimum.minimum
+    if len(optimum.seeds) >= MIN_SEEDS and set(optimum.seeds) <= curve.by_seed[index].keys():
+        means = _resampled_means(curve, (*optimum.window, index), optimum.seeds)
+        draws = means[:, -1] - _vertex(curve.log2_lr[list(optimum.window)], means[:, :-1])[1]
+        draws = draws[~np.isnan(draws)]
+        if draws.size >= (1 - LOST_RESAMPLES) * RESAMPLES:
+            # A bootstrap's variance is short by (seeds - 1) / seeds.
+            seeds = len(optimum.seeds)
+            out["regret_standard_error"] = float(np.std(draws) * math.sqrt(seeds / (seeds - 1)))
+    return out
+
+
+def _proxy_from_width(optima: Mapping[int, Optimum]) -> int | None:
+    """Smallest width above 64 whose LR* lies within half an octave of that of every wider width."""
+    places = [(width, optimum.log2_lr) for width, optimum in optima.items()]
+    for index, (width, own) in enumerate(places[:-1]):
+        wider = [place for _, place in places[index + 1 :]]
+        if width <= NOT_ASYMPTOTIC or own is None:
+            continue
+        if all(place is not None and abs(own - place) <= RESOLUTION for place in wider):
+            return width
+    return None
