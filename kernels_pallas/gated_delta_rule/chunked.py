@@ -193,18 +193,18 @@ def chunked_backward(
     dq = dot(dqk, x.k) + jnp.sum(do_state, axis=3, keepdims=True)
     dk = dot(_t(dqk), x.q) + dot(dgram + _t(dgram), x.k) + jnp.sum(dk_in + dk_out, axis=3, keepdims=True)
 
-    # Gates, eq. (15): each pair's share is added at its later token and taken off at its earlier one.
-    share = da * x.a + dscores * x.scores
+    # Gates, eq. (15): log α_j takes the share of every pair that it lies between. Summed as it stands: the usual
+    # row sums less column sums cancel, and A_log and dt_bias, sums over all of T, pile up what is left.
+    after = jnp.triu(jnp.ones((chunk, chunk), dtype))
+    share = jnp.matmul(after, da * x.a + dscores * x.scores, precision=jax.lax.Precision.HIGHEST)
+    in_share = jnp.sum(do_state * x.q + dk_in * x.k, axis=-1)
     out_share = jnp.sum(dk_out * x.k, axis=-1)
-    dgamma = (
-        jnp.sum(share, axis=-1)
-        - jnp.sum(share, axis=-2)
-        + jnp.sum(do_state * x.q, axis=-1)
-        + jnp.sum(dk_in * x.k, axis=-1)
-        - out_share
+    dlog_decay = (
+        jnp.sum(jnp.tril(share, -1), axis=-1)
+        + jnp.cumsum(in_share[..., ::-1], axis=-1)[..., ::-1]
+        + (jnp.cumsum(out_share, axis=-1) - out_share)
+        + jnp.sum(x.decay_across * dstates * states, axis=(-1, -2))[..., None]
     )
-    across = jnp.sum(x.decay_across * dstates * states, axis=(-1, -2)) + jnp.sum(out_share, axis=-1)
-    dlog_decay = jnp.cumsum(dgamma[..., ::-1], axis=-1)[..., ::-1] + across[..., None]
     gram = dot(x.k, _t(x.k))
     dbeta = jnp.sum(drhs * missing, axis=-1) + jnp.sum(da * x.decay_between * gram, axis=-1)
     batch, _, value_heads, _ = v.shape
