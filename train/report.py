@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.report_analysis import ABSCISSA, NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
-from train.report_figure import amount, plot
+from train.report_figure import amount, plot, signed
 from train.report_rows import SAME, Rows, check_rows, read_rows
 
 __all__ = ["analyse", "plot", "read_rows", "table", "verdict", "write_report"]
@@ -86,14 +86,8 @@ def _notes(rows: Rows, report: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _signed(value: float) -> str:
-    # A typographic minus, and no sign before a zero.
-    text = f"{value:+.2f}".replace("-", "−")
-    return "0.00" if text in ("+0.00", "−0.00") else text
-
-
 def _bracket(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"[{_signed(interval[0])}, {_signed(interval[1])}]"
+    return "" if interval is None else f"[{signed(interval[0])}, {signed(interval[1])}]"
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -127,7 +121,7 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
     else:
         interval = _bracket(preset["drift_interval"])
         moves = "transfers" if preset["transfers"] else "does not transfer"
-        what = f"the optimum of {name} {moves}, moving {_signed(drift)} octave per doubling of width"
+        what = f"the optimum of {name} {moves}, moving {signed(drift)} octave per doubling of width"
         what += f" {interval}" if interval else ""
     run = preset["regret_run"]
     if preset["regret_diverged"]:
@@ -179,7 +173,7 @@ def table(report: Mapping[str, Any]) -> Group:
         )
         moves.add_row(
             name,
-            "—" if drift is None else _signed(drift),
+            "—" if drift is None else signed(drift),
             _bracket(preset["drift_interval"]) or "—",
             "diverged"
             if preset["regret_diverged"]

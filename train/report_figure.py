@@ -66,6 +66,12 @@ def amount(tokens: int | float) -> str:
     return f"{tokens:g}"
 
 
+def signed(value: float) -> str:
+    """Two decimals with a sign, typographic minus; no sign before a zero."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text in ("+0.00", "−0.00") else text
+
+
 def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]:
     """Loss range that shows every minimum and the walls of a typical basin."""
     basins = [curve for widths in by_preset.values() for curve in widths.values() if curve.loss.size]
@@ -269,14 +275,14 @@ def _caption(preset: Mapping[str, Any], narrow: bool) -> str:
     )
     said = ["no drift: an optimum is missing"]
     if drift is not None:
-        said = [f"drift {drift:+.2f} octave/doubling"]
+        said = [f"drift {signed(drift)} octave/doubling"]
         if interval:
-            said[0] += f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+            said[0] += f" [{signed(interval[0])}, {signed(interval[1])}]"
     if preset["regret_diverged"]:
         said.append("regret: diverged")
     elif regret is not None:
         said.append(f"regret {regret:.3f} nats" if narrow else f"regret {regret:.3f}")
-    return ("\n" if narrow else ", ").join(said).replace("-", "−")
+    return ("\n" if narrow else ", ").join(said)
 
 
 def _header(

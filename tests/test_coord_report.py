@@ -1,0 +1,334 @@
+"""The report of a coordinate check against rows with planted slopes."""
+
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from train.coord_analysis import slope_of
+from train.coord_bounds import QUANTITIES, bound_for, update_sort
+from train.coord_report import analyse_coord, coord_table, write_coord_report
+
+UPDATES = (
+    "embedding",
+    "readout",
+    "final_norm/gain",
+    "layers/mixer_norm/gain",
+    "layers/mixer/o_norm/gain",
+    "layers/mixer/conv_q/kernel",
+    "layers/mixer/q/kernel",
+    "layers/mixer/A_log",
+)
+WIDTHS = (64, 128, 256, 512)
+
+
+def true_slope(preset, optimizer, kind, quantity):
+    """What theory says of the presets; 0 is right."""
+    if (preset, optimizer, kind) == ("sp", "adamw", "change"):
+        return 0.8
+    if (preset, optimizer, kind) == ("sp", "sgd", "update") and ("gain" in quantity or "conv" in quantity):
+        return -1.0
+    if (preset, optimizer, kind, quantity) == ("mup_standard", "sgd", "change", "gate_b"):
+        return 0.4
+    return -1.0 if kind == "gradient" else 0.0
+
+
+def measured(
+    optimizer="adamw",
+    regime="heads",
+    *,
+    presets=("mup", "sp"),
+    widths=WIDTHS,
+    seeds=3,
+    noise=0.02,
+    planted=None,
+):
+    """`planted` maps (preset, kind, quantity) to another slope."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for preset in presets:
+        for kind, names in (
+            ("absolute", QUANTITIES),
+            ("change", QUANTITIES),
+            ("update", UPDATES),
+            ("gradient", ("q", "v", "gate_a", "gate_b", "o")),
+        ):
+            for quantity in names:
+                slope = (planted or {}).get(
+                    (preset, kind, quantity), true_slope(preset, optimizer, kind, quantity)
+                )
+                for step in (0, 2, 10) if kind == "absolute" else (2, 10):
+                    rows += [
+                        {
+                            "preset": preset,
+                            "optimizer": optimizer,
+                            "regime": regime,
+                            "width": width,
+                            "seed": seed,
+                            "step": step,
+                            "kind": kind,
+                            "quantity": quantity,
+                            "size": float(0.3 * (width / 64) ** slope * 2 ** (noise * rng.normal())),
+                        }
+                        for width in widths
+                        for seed in range(seeds)
+                    ]
+    return rows
+
+
+def entry(analysis, preset, kind, quantity, step=10):
+    key = (preset, kind, quantity, step)
+    return next(e for e in analysis["entries"] if (e["preset"], e["kind"], e["quantity"], e["step"]) == key)
+
+
+def test_planted_slopes_are_recovered():
+    analysis = analyse_coord(measured())
+    assert entry(analysis, "sp", "change", "q")["slope"] == pytest.approx(0.8, abs=0.02)
+    assert entry(analysis, "mup", "change", "q")["slope"] == pytest.approx(0.0, abs=0.02)
+    assert entry(analysis, "mup", "gradient", "q")["slope"] == pytest.approx(-1.0, abs=0.02)
+    assert entry(analysis, "mup", "gradient", "q")["verdict"] == "reported"
+    exact = analyse_coord(measured(noise=0.0))
+    assert entry(exact, "sp", "change", "v")["slope"] == pytest.approx(0.8, abs=1e-6)
+    assert entry(exact, "sp", "change", "v")["standard_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_standard_error_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(2)
+    widths = [w for w in WIDTHS for _ in range(3)]
+    fits = [slope_of(widths, (2 ** (0.1 * rng.normal(size=12))).tolist()) for _ in range(400)]
+    spread = np.std([slope for slope, _ in fits])
+    # The larger of two estimates: never short, a fifth too wide at most.
+    assert 0.95 * spread < np.mean([error for _, error in fits if error]) < 1.25 * spread
+
+
+def test_a_bent_line_is_uncertain_however_many_seeds():
+    """Every seed shares the bend: taking them for independent would call this slope certain."""
+    errors: list[float] = []
+    for seeds in (3, 300):
+        widths = [w for w in WIDTHS for _ in range(seeds)]
+        _, error = slope_of(widths, [2 ** (0.1 * (math.log2(w / 64) - 1.5) ** 2) for w in widths])
+        assert error is not None
+        errors.append(error)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    assert errors[0] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "regime", "presets"),
+    [
+        ("adamw", "heads", ("mup", "sp")),
+        ("adamw", "head_dim", ("mup", "sp", "paper_code")),
+        ("sgd", "heads", ("mup", "sp")),
+        ("sgd", "head_dim", ("mup", "sp", "mup_standard")),
+    ],
+)
+def test_right_slopes_and_wrong_controls_pass(optimizer, regime, presets):
+    analysis = analyse_coord(measured(optimizer, regime, presets=presets))
+    assert analysis["problems"] == []
+    assert analysis["passed"] is True, analysis["verdict"]
+    assert {c["preset"] for c in analysis["controls"]} == set(presets) - {"mup", "paper_code"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantity", "slope"),
+    [
+        ("absolute", "state", -0.5),
+        ("absolute", "residual", 0.15),
+        ("change", "v", 0.3),
+        ("change", "v", -0.3),
+        ("change", "residual", 0.15),
+        ("update", "layers/mixer/A_log", -1.0),
+    ],
+)
+def test_one_wrong_slope_of_mup_is_noticed(kind, quantity, slope):
+    analysis = analyse_coord(measured(planted={("mup", kind, quantity): slope}))
+    assert analysis["passed"] is False
+    assert entry(analysis, "mup", kind, quantity)["verdict"] == "fail"
+    assert analysis["checks"][0]["mup"] == "fail"
+    assert {name.split(" ")[0] for name in analysis["checks"][0]["mup_failed"]} == {quantity}
+    assert quantity in analysis["verdict"]
+
+
+def test_reported_quantities_do_not_decide():
+    planted = {
+        ("mup", "change", "logits"): 0.9,
+        ("mup", "change", "o"): 0.9,
+        ("mup", "change", "log_decay"): 0.9,
+        ("mup", "update", "readout"): 1.0,
+    }
+    assert analyse_coord(measured(regime="head_dim", planted=planted))["passed"] is True
+    # With heads growing, o is judged; still none of the others.
+    failed = analyse_coord(measured(planted=planted))["checks"][0]["mup_failed"]
+    assert [name.split(":")[0] for name in failed] == ["o (change, step 2", "o (change, step 10"]
+
+
+def test_log_decay_is_judged_with_16_heads():
+    planted = {("mup", "change", "log_decay"): 0.9}
+    for heads, verdict in ((8, "reported"), (16, "fail")):
+        rows = [row | {"value_heads": heads * row["width"] // 64} for row in measured(planted=planted)]
+        assert entry(analyse_coord(rows), "mup", "change", "log_decay")["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "regime", "planted"),
+    [
+        ("adamw", "heads", ("sp", "change", "gate_b")),
+        ("sgd", "heads", ("sp", "update", "layers/mixer/conv_q/kernel")),
+        ("sgd", "head_dim", ("sp", "update", "layers/mixer/o_norm/gain")),
+        ("sgd", "head_dim", ("mup_standard", "change", "gate_b")),
+    ],
+)
+def test_a_control_that_passes_spoils_the_check(optimizer, regime, planted):
+    presets = ("mup", "sp", "mup_standard")
+    analysis = analyse_coord(measured(optimizer, regime, presets=presets, planted={planted: 0.0}))
+    assert analysis["checks"][0]["mup"] == "pass"
+    assert analysis["checks"][0]["controls_fail"] is False
+    assert analysis["passed"] is False
+    kept = [(c["preset"], c["kind"], c["quantity"]) for c in analysis["controls"] if not c["fails"]]
+    assert kept == [planted]
+    assert "do not" in analysis["verdict"]
+
+
+def test_the_shared_gain_is_no_control_where_heads_grow():
+    assert update_sort("layers/mixer/o_norm/gain", "heads") is None
+    assert update_sort("layers/mixer/o_norm/gain", "head_dim") == "gain"
+    assert update_sort("final_norm/gain", "heads") == "gain"
+    assert update_sort("layers/mixer/q/kernel", "heads") is None
+
+
+def test_controls_must_be_there():
+    analysis = analyse_coord(measured(presets=("mup",)))
+    assert analysis["passed"] is False
+    assert "adamw, heads, sp: not measured" in analysis["problems"]
+    analysis = analyse_coord(measured("sgd", "head_dim"))
+    assert analysis["passed"] is False
+    assert "sgd, head_dim, mup_standard: not measured" in analysis["problems"]
+
+
+def test_an_uncertain_slope_is_no_pass():
+    analysis = analyse_coord(measured(noise=0.4))
+    assert analysis["passed"] is False
+    verdicts = {e["verdict"] for e in analysis["entries"] if e["preset"] == "mup" and e["kind"] != "gradient"}
+    assert "inconclusive" in verdicts
+    uncertain = [e for e in analysis["entries"] if e["verdict"] in ("pass", "fail")]
+    assert all(e["standard_error"] <= 0.05 for e in uncertain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"widths": (64, 128, 256)}, "widths 64, 128, 256; it takes at least 4"),
+        ({"widths": (64, 96, 128, 192)}, "spanning 8 times"),
+        ({"widths": (32, 64, 128, 256)}, "from 64 up"),
+        ({"seeds": 2}, "2 seeds; it takes at least 3"),
+    ],
+)
+def test_a_measurement_that_is_too_small_proves_nothing(changes, problem):
+    analysis = analyse_coord(measured(**changes))
+    assert analysis["passed"] is False
+    assert any(problem in p for p in analysis["problems"])
+
+
+def test_what_was_not_measured_does_not_pass():
+    rows = measured()
+    for missing, problem in (
+        (lambda r: r["kind"] == "change" and r["quantity"] == "state", "change size of state not measured"),
+        (lambda r: r["kind"] == "update", "no parameter updates"),
+        (lambda r: r["step"] == 0, "step 0 not measured"),
+        (lambda r: r["quantity"] == "q" and r["kind"] == "change" and r["width"] > 128, "widths 64, 128;"),
+    ):
+        analysis = analyse_coord([row for row in rows if row["preset"] == "sp" or not missing(row)])
+        assert analysis["passed"] is False
+        assert any(problem in p for p in analysis["problems"]), problem
+
+
+@pytest.mark.parametrize(
+    ("size", "remark"), [(0.0, "exactly zero at width 128"), (float("nan"), "not finite")]
+)
+def test_zero_and_not_finite_sizes_fail_mup_and_excuse_no_control(size, remark, tmp_path):
+    rows = measured()
+    for row in rows:
+        if (row["kind"], row["quantity"], row["step"], row["width"]) == ("change", "q", 10, 128):
+            row["size"] = size
+    analysis = write_coord_report(rows, tmp_path / "x")
+    assert entry(analysis, "mup", "change", "q")["verdict"] == "fail"
+    assert remark in entry(analysis, "mup", "change", "q")["remark"]
+    (control,) = (c for c in analysis["controls"] if c["quantity"] == "q")
+    assert control["fails"] is False
+    assert analysis["passed"] is False
+
+
+def test_bounds_of_the_table():
+    for kind, quantity, optimizer, regime, step, limit in (
+        ("absolute", "q", "adamw", "heads", 0, 0.05),
+        ("absolute", "q", "adamw", "heads", 10, 0.10),
+        ("change", "q", "adamw", "head_dim", 2, 0.20),
+        ("change", "mixer_output", "adamw", "heads", 2, 0.10),
+        ("change", "gate_a", "sgd", "heads", 2, 0.20),
+        ("change", "gate_a", "sgd", "heads", 10, 0.15),
+        ("change", "state", "sgd", "heads", 10, 0.35),
+        ("change", "beta", "sgd", "head_dim", 10, 0.25),
+        ("change", "k", "sgd", "head_dim", 2, 0.45),
+        ("update", "layers/mixer/q/kernel", "sgd", "heads", 10, 0.25),
+        ("update", "layers/mixer/q/kernel", "sgd", "head_dim", 10, 0.45),
+        ("gradient", "q", "sgd", "heads", 10, None),
+    ):
+        assert bound_for(kind, quantity, optimizer, regime, step).limit == limit, (kind, quantity, step)
+
+
+def test_same_rows_same_bytes_in_any_order(tmp_path):
+    rows = measured(seeds=2)
+    write_coord_report(rows, tmp_path / "a")
+    random.Random(0).shuffle(rows)
+    analysis = write_coord_report(rows, tmp_path / "b")
+    for name in ("coord.json", "coord.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((tmp_path / "a" / "coord.json").read_text()) == analysis
+
+
+def test_figure_and_table_of_many_presets(tmp_path):
+    presets = ("mup", "mup_standard", "paper_code", "sp", "sp_constant")
+    rows = measured("sgd", "head_dim", presets=presets) + measured()
+    analysis = write_coord_report(rows, tmp_path)
+    assert (tmp_path / "coord.png").stat().st_size > 50_000
+    text = io.StringIO()
+    Console(file=text, width=200).print(coord_table(analysis))
+    shown = text.getvalue()
+    assert "must fail: yes" in shown
+    assert "must fail: NO" not in shown
+    assert "Coordinate check passed." in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantity": "qq"}, "quantity must be one of embedding"),
+        ({"kind": "size"}, "kind must be one of absolute, .*; got 'size'"),
+        ({"regime": "a"}, "regime must be one of heads, head_dim"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd"),
+    ],
+)
+def test_unknown_words_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        analyse_coord([measured()[0] | change])
+
+
+def test_no_rows_missing_keys_and_repetitions_are_refused():
+    row = measured()[0]
+    with pytest.raises(ValueError, match="has no rows"):
+        analyse_coord([])
+    with pytest.raises(ValueError, match="row 1 lacks size"):
+        analyse_coord([{key: value for key, value in row.items() if key != "size"}])
+    with pytest.raises(ValueError, match="row 2 repeats"):
+        analyse_coord([row, row])
+
+
+def test_a_coordinate_report_needs_no_jax():
+    code = "import sys, train.coord_report; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

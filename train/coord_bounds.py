@@ -1,0 +1,181 @@
+"""What the coordinate check demands: bounds on slopes under `mup`, and controls that must break them.
+
+A slope is d log2(size) / d log2(width). Bounds hold for its absolute value: growing and vanishing are both
+wrong. That activations and their changes keep their size is the desideratum of arXiv:2011.14522 and
+arXiv:2203.03466 (appendix D); how much a finite width may deviate was measured once, at toy sizes.
+"""
+
+import dataclasses
+
+# Taken from the forward pass, all as `absolute` and `change`; q and k before their norm, gate_a = W_a x,
+# gate_b = W_b x, state = S sqrt(d_k).
+QUANTITIES = (
+    "embedding",
+    "q",
+    "k",
+    "v",
+    "gate_a",
+    "gate_b",
+    "log_decay",
+    "beta",
+    "state",
+    "o",
+    "o_normed",
+    "mixer_output",
+    "mlp_output",
+    "residual",
+    "final_norm",
+    "logits",
+)
+KINDS = ("absolute", "change", "update", "gradient")
+OPTIMIZERS = ("adamw", "sgd")
+# Growing with width: the number of heads, or their size.
+REGIMES = ("heads", "head_dim")
+
+# A slope that is less certain has no verdict.
+MAX_STANDARD_ERROR = 0.05
+# Of fewer heads, sampling noise of the gates looks like a slope.
+MIN_HEADS_FOR_LOG_DECAY = 16
+# Smaller checks cannot tell a wrong exponent from the corrections of a finite width.
+MIN_WIDTHS, MIN_SPAN, MIN_WIDTH, MIN_SEEDS = 4, 8, 64, 3
+STEPS = (0, 2, 10)
+
+_TOY = "limit measured once at toy sizes"
+_STABLE = f"arXiv:2203.03466 app. D, {_TOY}"
+_GATES = f"arXiv:2606.04048, gate rates n^(-1/2) under SGD, {_TOY}"
+_SILU = f"SiLU gives q and k a common mean, which leaves W_q and W_k under-trained, {_TOY}"
+_UPDATE = f"arXiv:2310.17813, {_TOY}; about -1 or +1 means a wrong role"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Limit of |slope| for what it matches; the first match of `BOUNDS` counts.
+
+    Attributes:
+        kind: one of `KINDS`.
+        limit: largest |slope|, or None where there is no expectation.
+        source: paper and evidence.
+        quantities: which, all if None.
+        optimizer: which, any if None.
+        regime: which, any if None.
+        from_step: the first step it holds for.
+        judged: False if it is only reported.
+    """
+
+    kind: str
+    limit: float | None
+    source: str
+    quantities: frozenset[str] | None = None
+    optimizer: str | None = None
+    regime: str | None = None
+    from_step: int = 0
+    judged: bool = True
+
+
+def _of(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_LOGITS = "zero readout: correlated sum in the first steps, constant size only later"
+_OUTPUT = "q and k align as head dims grow; the norm behind takes the size away"
+
+BOUNDS = (
+    Bound("gradient", None, "evidence for the SGD column of the rules, no bound", judged=False),
+    Bound("update", None, "the logits multiplier acts after it: see logits", _of("readout"), judged=False),
+    Bound("absolute", 0.35, _LOGITS, _of("logits"), judged=False),
+    Bound("change", 0.35, _LOGITS, _of("logits"), judged=False),
+    Bound("absolute", None, _OUTPUT, _of("o"), regime="head_dim", judged=False),
+    Bound("change", None, _OUTPUT, _of("o"), regime="head_dim", judged=False),
+    Bound("absolute", 0.10, _STABLE, from_step=1),
+    Bound("absolute", 0.05, _STABLE),
+    Bound("change", 0.10, _STABLE, _of("residual", "final_norm", "mixer_output"), "adamw"),
+    Bound("change", 0.20, _STABLE, None, "adamw"),
+    Bound("change", 0.15, _GATES, _of("gate_a", "gate_b", "mixer_output", "residual"), "sgd", "heads", 10),
+    Bound("change", 0.35, _SILU, _of("q", "k", "state"), "sgd", "heads", 10),
+    Bound("change", 0.20, _STABLE, None, "sgd", "heads"),
+    Bound("change", 0.25, _GATES, _of("gate_a", "gate_b", "beta"), "sgd", "head_dim"),
+    Bound("change", 0.45, _SILU, _of("q", "k", "state"), "sgd", "head_dim"),
+    # Never measured for these alone: they take the tighter of the two above until they are.
+    Bound("change", 0.25, f"tighter limit of the named quantities, {_TOY}", None, "sgd", "head_dim"),
+    Bound("update", 0.45, f"{_SILU}; {_UPDATE}", None, "sgd", "head_dim"),
+    Bound("update", 0.25, _UPDATE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A preset that is wrong in a known way: each quantity's slope must reach `threshold`, at the last step.
+
+    A positive threshold must be reached from below, a negative one from above. Quantities `conv` and `gain`
+    stand for all updates of that sort.
+    """
+
+    preset: str
+    optimizer: str
+    kind: str
+    quantities: tuple[str, ...]
+    threshold: float
+    source: str
+    regime: str | None = None
+
+
+CONTROLS = (
+    Control(
+        "sp",
+        "adamw",
+        "change",
+        ("q", "k", "v", "gate_a", "gate_b", "state", "residual"),
+        0.4,
+        "arXiv:2203.03466: one learning rate for all widths makes updates grow with width",
+    ),
+    Control(
+        "sp",
+        "sgd",
+        "update",
+        ("conv", "gain"),
+        -0.4,
+        "a coordinate's gradient is Theta(1/n): vectors freeze without a rate that grows",
+    ),
+    Control(
+        "mup_standard",
+        "sgd",
+        "change",
+        ("gate_b",),
+        0.25,
+        "arXiv:2606.04048: per-head gates collect head-dim many terms incoherently",
+        "head_dim",
+    ),
+)
+
+
+def bound_for(kind: str, quantity: str, optimizer: str, regime: str, step: int) -> Bound:
+    """The first bound that matches; ValueError for a word that the table does not know."""
+    words = (("kind", kind, KINDS), ("optimizer", optimizer, OPTIMIZERS), ("regime", regime, REGIMES))
+    for name, value, known in words:
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    for bound in BOUNDS:
+        if (
+            bound.kind == kind
+            and (bound.quantities is None or quantity in bound.quantities)
+            and bound.optimizer in (None, optimizer)
+            and bound.regime in (None, regime)
+            and step >= bound.from_step
+        ):
+            return bound
+    raise AssertionError("the last bounds of each kind match everything")
+
+
+def update_sort(parameter: str, regime: str) -> str | None:
+    """`conv` or `gain` for the parameters that the SGD control speaks of, by the last parts of their name.
+
+    The gain of `o_norm` is one vector for all heads: where only the number of heads grows, its rule is the
+    same under `sp` and `mup`, and it is no control.
+    """
+    parts = parameter.split("/")
+    owner = parts[-2] if len(parts) > 1 else ""
+    if owner.startswith("conv"):
+        return "conv"
+    if parts[-1] == "gain" and (owner != "o_norm" or regime == "head_dim"):
+        return "gain"
+    return None
