@@ -1,0 +1,92 @@
+# Every target works on a machine that has only Python 3.12 or newer and can reach a package index.
+# What is installed lies in .venv (and .venv-jax-*); removing these folders undoes it all.
+
+# Arguments of the demo's sweep; its results go to ./demo.
+DEMO = --out demo
+
+# Test processes. JAX compiles on one core, and compiling is most of what the tests do.
+TEST_JOBS = 2
+
+# The oldest jax that we support; the kernels are tested with it as well.
+OLD_JAX = 0.11.2
+
+# The first of these that is new enough makes .venv: 3.12 first, which constraints.txt was made with.
+# `make PYTHON=/path/to/python` names another.
+PYTHON_CANDIDATES = $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3 python)
+
+OLD_VENV = .venv-jax-$(OLD_JAX)
+# The lock makes the compilation cache safe for several test processes; the bound (4 GB) switches the lock on.
+PYTEST = JAX_COMPILATION_CACHE_MAX_SIZE=4000000000 .venv/bin/python -m pytest
+
+.PHONY: help install demo test slow lint check-pins test-old-jax
+
+help:
+	@echo "make install       Python environment in .venv"
+	@echo "make demo          a small sweep over width and learning rate, in minutes, on a CPU"
+	@echo "make test          the tests"
+	@echo "make slow          the tests that take minutes each, the whole demo among them"
+	@echo "make lint          formatting, lint and types"
+	@echo "make test-old-jax  the kernel tests with jax $(OLD_JAX), in an environment of their own"
+	@echo "make check-pins    .venv holds exactly the versions of constraints.txt"
+
+install: .venv/installed
+
+demo: install
+	@.venv/bin/gdn sweep $(DEMO)
+
+test: install
+	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal
+
+slow: install
+	@$(PYTEST) -m slow
+
+lint: install
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/basedpyright
+
+check-pins: install
+	@frozen=$$(.venv/bin/python -m pip freeze --exclude-editable) && test -n "$$frozen" && \
+	if echo "$$frozen" | grep -vxFf constraints.txt; then \
+	  echo "installed, but not what constraints.txt says (above); its head says how to renew it" >&2; exit 1; \
+	fi
+
+test-old-jax: $(OLD_VENV)/installed
+	@$(OLD_VENV)/bin/python -m pytest tests/test_kernel_*.py
+
+# A suitable Python makes an environment with pip; others say nothing and fail.
+SUITABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+
+# $(call make-venv,FOLDER): keeps a folder whose Python is suitable.
+define make-venv
+	@if ! $(1)/bin/python $(SUITABLE); then \
+	  for python in $(PYTHON_CANDIDATES); do \
+	    if "$$python" $(SUITABLE); then \
+	      echo "making $(1) with $$("$$python" -V) ($$(command -v "$$python"))"; \
+	      exec "$$python" -m venv --clear $(1); \
+	    fi; \
+	  done; \
+	  echo "gdn needs Python 3.12 or newer with its venv module. Looked at:" >&2; \
+	  for python in $(PYTHON_CANDIDATES); do \
+	    echo "  $$python: $$("$$python" -V 2>/dev/null || echo not found)" >&2; \
+	  done; \
+	  echo "Install one (apt install python3.12 python3.12-venv; brew install python@3.12; pyenv install 3.12;" >&2; \
+	  echo "uv python install 3.12) and run make again, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+	  exit 1; \
+	fi
+endef
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call make-venv,.venv)
+	@echo "installing into .venv: 1.3 GB, a minute or two"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+# The same versions but for jax, and of the extras only what the kernel tests import.
+$(OLD_VENV)/installed: pyproject.toml constraints.txt
+	$(call make-venv,$(OLD_VENV))
+	@echo "installing jax $(OLD_JAX) into $(OLD_VENV)"
+	@sed -E 's/^(jax|jaxlib)==.*/\1==$(OLD_JAX)/' constraints.txt > $(OLD_VENV)/constraints.txt
+	@$(OLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLD_VENV)/constraints.txt \
+	  -e . beartype hypothesis pytest pytest-timeout
+	@touch $@
