@@ -19,7 +19,7 @@ from kernels_pallas.gated_delta_rule.checks import (
     check_sequence,
     check_step,
 )
-from kernels_pallas.gated_delta_rule.chunked import FORGET, chunked_backward, chunked_forward
+from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
 from kernels_pallas.gated_delta_rule.reference import delta_step, reference, segment_masks
 
 _LOG = logging.getLogger("kernels_pallas")
@@ -110,16 +110,13 @@ def _core(options: _Options, operands: _Operands, valid: Array | None, reset: Ar
     return jax.tree.map(lambda y: y + zero.astype(y.dtype), core)
 
 
-def _tiling(options: _Options, core: _Core) -> dict[str, Any]:
+def _sizes(options: _Options, core: _Core) -> Sizes:
     low_precision = core.v.dtype == jnp.bfloat16
     # HIGH is TF32 on a GPU and three bf16 passes on a TPU: one pass loses the gate gradients, which cancel.
     precision = jax.lax.Precision.HIGH if low_precision else jax.lax.Precision.HIGHEST
     chosen = options.inverse_precision
-    return {
-        "chunk": tiling.chunk_length(core.q.shape[1]),
-        "precision": precision,
-        "inverse_precision": jax.lax.Precision.HIGHEST if chosen is None else chosen,
-    }
+    chunk, block = tiling.chunk_and_block(core.q.shape[1], jax.default_backend())
+    return Sizes(chunk, block, precision, jax.lax.Precision.HIGHEST if chosen is None else chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,7 +128,7 @@ def _chunked(
 
 def _chunked_fwd(options: _Options, operands: _Operands, valid: Array | None, reset: Array | None):
     core = _core(options, operands, valid, reset)
-    o, final_state, states = chunked_forward(*core, **_tiling(options, core))
+    o, final_state, states = chunked_forward(*core, _sizes(options, core))
     if core.v.dtype == jnp.bfloat16:
         states = states.astype(jnp.bfloat16)
     return (o.astype(core.v.dtype), final_state), (operands, valid, reset, states)
@@ -142,7 +139,7 @@ def _chunked_bwd(options: _Options, residuals: Any, cotangents: tuple[Array, Arr
     # Recomputed rather than saved: only the operands as they came and the chunk states live in between.
     core, core_vjp = jax.vjp(lambda x: _core(options, x, valid, reset), operands)
     do, dfinal_state = cotangents
-    gradients = chunked_backward(*core[:-1], states, do, dfinal_state, **_tiling(options, core))
+    gradients = chunked_backward(*core[:-1], states, do, dfinal_state, _sizes(options, core))
     matched = jax.tree.map(lambda g, y: g.astype(y.dtype), _Core(*gradients), core)
     return (*core_vjp(matched), None, None)
 
