@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import check_preset
 
-type Regime = Literal["heads", "head_dim"]
 REGIMES = ("heads", "head_dim")
 
 
@@ -57,7 +55,7 @@ class GDNConfig:
     readout_scale_exponent: float = 0.5
     norm_eps: float = 1e-6
     qk_norm_eps: float = 1e-6
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: str = "float32"
     remat: bool = False
     implementation: str | None = None
     preset: str = "mup"
@@ -104,7 +102,7 @@ class GDNConfig:
         """``axis_sizes`` of the base model; the model's own when it is its own base."""
         return (self.base or self).axis_sizes
 
-    def widen(self, width: int, regime: Regime) -> "GDNConfig":
+    def widen(self, width: int, regime: str) -> "GDNConfig":
         """The relative of this base at another width.
 
         Args:

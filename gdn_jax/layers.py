@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.array_types import Tap, no_tap
@@ -14,6 +15,9 @@ from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import Rules, init_scale, param_rule
 from gdn_jax.mup.spec import ParamSpec, Role
 from gdn_jax.params import make_param
+
+# Parameters that one layer draws keys for; the mixer has 14.
+_MAX_PARAMS = 16
 
 unit_normal = jax.nn.initializers.normal(1.0)
 
@@ -30,7 +34,8 @@ class ParamMaker:
     def __init__(self, config: GDNConfig, key: jax.Array, rules: Rules | None = None) -> None:
         self.config = config
         self.sizes = config.axis_sizes
-        self._key = key
+        # Split once: a fold_in per parameter would double the time that init takes to compile.
+        self._keys = jax.random.split(key, _MAX_PARAMS)
         self._made = 0
         self._init_scale = _static_scale(config) if rules is None else init_scale(rules)
 
@@ -44,9 +49,10 @@ class ParamMaker:
         role: Role,
     ) -> nnx.Param:
         """The next parameter; arguments as :func:`gdn_jax.params.make_param`."""
+        key = self._keys[self._made]
         self._made += 1
         return make_param(
-            jax.random.fold_in(self._key, self._made),
+            key,
             initializer,
             self.sizes,
             axes,
@@ -75,12 +81,10 @@ class Projection(nnx.Module):
         out_axes: tuple[str, ...],
         role: Role = Role.MATRIX,
     ) -> None:
-        self.kernel = make(
-            unit_normal, (*in_axes, *out_axes), in_axes=in_axes, out_axes=out_axes, role=role
-        )
+        self.kernel = make(unit_normal, (*in_axes, *out_axes), in_axes=in_axes, out_axes=out_axes, role=role)
         self.num_in = len(in_axes)
 
-    def __call__(self, x: Array, out_dtype: jnp.dtype | None = None) -> Array:
+    def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         """Contracts the trailing ``in_axes`` of ``x``; accumulates, and with ``out_dtype`` returns, wider."""
         contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
         kernel = self.kernel[...].astype(x.dtype)
@@ -160,12 +164,12 @@ class SwiGLU(nnx.Module):
         return tap("mlp_output", self.down(hidden))
 
 
-def decay_rate_log(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def decay_rate_log(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """``A_log = log A`` with A uniform on (0, 16), and at least 0.01 so that the log stays tame."""
     return jnp.log(jnp.maximum(16.0 * jax.random.uniform(key, shape, dtype), 0.01))
 
 
-def time_step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def time_step_bias(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """``dt_bias = softplus^-1(dt)`` with dt log-uniform on [1e-3, 1e-1]."""
     return inverse_softplus(_log_uniform(jax.random.uniform(key, shape, dtype)))
 
@@ -189,5 +193,3 @@ def _log_uniform(uniform: jax.Array) -> jax.Array:
 def inverse_softplus(x: jax.Array) -> jax.Array:
     """``y`` with ``softplus(y) = x``, for x > 0, without overflow or cancellation."""
     return x + jnp.log(-jnp.expm1(-x))
-
-

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from gdn_jax.array_types import Tap, no_tap
 from gdn_jax.config import GDNConfig
@@ -40,9 +41,7 @@ class GatedDeltaNet(nnx.Module):
         rules: initial scales, possibly traced; ``None``: those of ``config.preset``.
     """
 
-    def __init__(
-        self, config: GDNConfig, *, rngs: nnx.Rngs | jax.Array, rules: Rules | None = None
-    ) -> None:
+    def __init__(self, config: GDNConfig, *, rngs: nnx.Rngs | jax.Array, rules: Rules | None = None) -> None:
         key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
         make = ParamMaker(config, key, rules)
         key_axes, value_axes = (ax.KEY_HEADS, ax.KEY_DIM), (ax.VALUE_HEADS, ax.VALUE_DIM)
@@ -53,8 +52,12 @@ class GatedDeltaNet(nnx.Module):
         self.g = Projection(make, (ax.EMBED,), value_axes)
         self.a = Projection(make, (ax.EMBED,), (ax.VALUE_HEADS,), Role.GATE_MATRIX)
         self.b = Projection(make, (ax.EMBED,), (ax.VALUE_HEADS,), Role.GATE_MATRIX)
-        self.A_log = make(decay_rate_log, (ax.VALUE_HEADS,), out_axes=(ax.VALUE_HEADS,), role=Role.GATE_SCALAR)
-        self.dt_bias = make(time_step_bias, (ax.VALUE_HEADS,), out_axes=(ax.VALUE_HEADS,), role=Role.GATE_SCALAR)
+        self.A_log = make(
+            decay_rate_log, (ax.VALUE_HEADS,), out_axes=(ax.VALUE_HEADS,), role=Role.GATE_SCALAR
+        )
+        self.dt_bias = make(
+            time_step_bias, (ax.VALUE_HEADS,), out_axes=(ax.VALUE_HEADS,), role=Role.GATE_SCALAR
+        )
         self.conv_q = ShortConv(make, key_axes)
         self.conv_k = ShortConv(make, key_axes)
         self.conv_v = ShortConv(make, value_axes)
@@ -63,11 +66,11 @@ class GatedDeltaNet(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[jax.Array, "B T D"],
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[jax.Array, "B T"] | None = None,
         tap: Tap = no_tap,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[jax.Array, "B T D"]:
         """Mixes along time, causally.
 
         Args:
@@ -77,18 +80,16 @@ class GatedDeltaNet(nnx.Module):
         """
         x = tap("mixer_input", x)
         q, k, v = self.q(x), self.k(x), self.v(x)
-        q, k, v = (
-            conv(y, segment_ids) for conv, y in ((self.conv_q, q), (self.conv_k, k), (self.conv_v, v))
-        )
+        q, k, v = (conv(y, segment_ids) for conv, y in ((self.conv_q, q), (self.conv_k, k), (self.conv_v, v)))
         return self._attend(x, q, k, v, segment_ids, None, tap)[0]
 
     def with_cache(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[jax.Array, "B T D"],
         cache: GDNCache,
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], GDNCache]:
+        segment_ids: Int[jax.Array, "B T"] | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], GDNCache]:
         """Goes on where ``cache`` ended: pieces of any length give what one call over all would.
 
         Args:
@@ -104,7 +105,9 @@ class GatedDeltaNet(nnx.Module):
         tail_segments = jnp.broadcast_to(cache.last_segment[:, None], (x.shape[0], taps))
         q, k, v = (
             conv(y, segment_ids, tail, tail_segments)
-            for conv, y, tail in zip((self.conv_q, self.conv_k, self.conv_v), raw, cache.conv_tail, strict=True)
+            for conv, y, tail in zip(
+                (self.conv_q, self.conv_k, self.conv_v), raw, cache.conv_tail, strict=True
+            )
         )
         first = _first_valid(segment_ids)
         # A batch row of nothing but padding keeps its state.
@@ -121,7 +124,7 @@ class GatedDeltaNet(nnx.Module):
         return y, GDNCache((tails[0], tails[1], tails[2]), state, last)
 
     @staticmethod
-    def init_cache(config: GDNConfig, batch: int, dtype: jnp.dtype | str | None = None) -> GDNCache:
+    def init_cache(config: GDNConfig, batch: int, dtype: DTypeLike | None = None) -> GDNCache:
         """An empty cache.
 
         Args:
@@ -149,8 +152,8 @@ class GatedDeltaNet(nnx.Module):
         config = self.config
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
         # The gates decide how long a state lives: float32 from here on.
-        a = tap("gate_a", self.a(x, jnp.dtype(jnp.float32)))
-        b = tap("gate_b", self.b(x, jnp.dtype(jnp.float32)))
+        a = tap("gate_a", self.a(x, jnp.float32))
+        b = tap("gate_b", self.b(x, jnp.float32))
         beta_max = 2.0 if config.allow_negative_eigenvalues else 1.0
         A_log, dt_bias = self.A_log[...], self.dt_bias[...]
         if tap is not no_tap:

@@ -33,9 +33,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(make, ax.EMBED, config.norm_eps)
         self.mlp = SwiGLU(make)
 
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array | None = None, tap: Tap = no_tap
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, tap: Tap = no_tap) -> jax.Array:
         """``x [B, T, D]`` to the same shape and dtype; arguments as :class:`GatedDeltaNet`."""
         x = x + self.mixer(self.mixer_norm(x), segment_ids=segment_ids, tap=tap)
         x = x + self.mlp(self.mlp_norm(x), tap=tap)
@@ -73,7 +71,11 @@ class GDNLanguageModel(nnx.Module):
             self.readout = None
         else:
             self.readout = make(
-                unit_normal, (ax.EMBED, ax.VOCAB), in_axes=(ax.EMBED,), out_axes=(ax.VOCAB,), role=Role.READOUT
+                unit_normal,
+                (ax.EMBED, ax.VOCAB),
+                in_axes=(ax.EMBED,),
+                out_axes=(ax.VOCAB,),
+                role=Role.READOUT,
             )
         multiplier = (rules or static_rules(self, config)).logits_multiplier
         self.logits_multiplier = Multiplier(jnp.asarray(multiplier, jnp.float32))
@@ -123,22 +125,15 @@ class GDNLanguageModel(nnx.Module):
                 seen[name] = value
                 return value
 
-            x = nnx.merge(graphdef, layer)(
-                x, segment_ids=segment_ids, tap=no_tap if added is None else tap
-            )
+            x = nnx.merge(graphdef, layer)(x, segment_ids=segment_ids, tap=no_tap if added is None else tap)
             return x, seen
 
         embedded = self.embedding[...].astype(dtype)[tokens]
         body = jax.checkpoint(block) if config.remat else block
         x, seen = jax.lax.scan(body, embedded, (layers, perturbations))
         normed = self.final_norm(x)
-        if self.readout is None:
-            kernel = self.embedding[...].T
-        else:
-            kernel = self.readout[...]
-        logits = jnp.einsum(
-            "btd,dv->btv", normed, kernel.astype(dtype), preferred_element_type=jnp.float32
-        )
+        kernel = self.embedding[...].T if self.readout is None else self.readout[...]
+        logits = jnp.einsum("btd,dv->btv", normed, kernel.astype(dtype), preferred_element_type=jnp.float32)
         logits = logits * self.logits_multiplier[...]
         if perturbations is not None:
             seen |= {"embedding": embedded, "final_norm": normed, "logits": logits}

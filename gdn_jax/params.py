@@ -105,31 +105,64 @@ def stack_layers[M: nnx.Module](make_layer: Callable[[jax.Array], M], keys: jax.
     return stacked
 
 
-def param_specs(params: Any) -> Any:
-    """The specs of a model's parameters, as a tree of the structure of ``params``.
+def declared(
+    initializer: Callable[..., jax.Array],
+    axes: tuple[str, ...],
+    *,
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    role: Role,
+) -> Callable[..., Any]:
+    """A Linen initializer whose parameter carries its declaration, as ``nn.with_partitioning`` carries names.
+
+    ``nn.Dense(64, kernel_init=declared(init, ("embed", "mlp"), in_axes=("embed",), ...))``. The initial
+    scale is the initializer's; read the declarations with ``param_specs`` before ``nn.unbox``.
 
     Args:
-        params: an ``nnx.Module``, or a pytree whose parameters are ``nnx.Param`` (``nnx.state(model, nnx.Param)``).
-            Abstract values (``nnx.eval_shape``) do.
+        initializer: ``(key, shape, dtype) -> array``.
+        axes: name of each dimension.
+        in_axes: axes summed over.
+        out_axes: axes produced.
+        role: row of the rule table.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+        param = nnx.Param(initializer(key, shape, dtype))
+        declare(param, axes, in_axes=in_axes, out_axes=out_axes, role=role)
+        return nnx.bridge.NNXMeta(nnx.Param, param[...], {"spec": param.get_metadata("spec")})
+
+    return init
+
+
+def param_specs(params: Any) -> Any:
+    """The declarations of a model's parameters, one :class:`ParamSpec` in the place of each.
+
+    Args:
+        params: an ``nnx.Module``; a tree of ``nnx.Param`` (``nnx.state(model, nnx.Param)``); or Linen's
+            ``variables["params"]`` before ``nn.unbox``. Abstract values (``nnx.eval_shape``) do.
 
     Returns:
-        A nested dict (from a module) or a tree like ``params`` with a :class:`ParamSpec` at each leaf.
+        From a module a nested dict, else a tree like ``params``.
 
     Raises:
         ValueError: a parameter was never declared; the message names all of them.
     """
     if isinstance(params, nnx.Module):
-        flat = nnx.to_flat_state(nnx.state(params, nnx.Param))
-        specs = {path: variable.get_metadata().get("spec") for path, variable in flat}
-        _require_declared({"/".join(map(str, path)): spec for path, spec in specs.items()})
-        return nnx.traversals.unflatten_mapping(specs)
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    found = {
-        jax.tree_util.keystr(path): value.get_metadata().get("spec") if isinstance(value, nnx.Variable) else None
-        for path, value in flat
-    }
-    _require_declared(found)
-    return jax.tree.unflatten(jax.tree.structure(params), list(found.values()))
+        params = nnx.traversals.unflatten_mapping(dict(nnx.to_flat_state(nnx.state(params, nnx.Param))))
+
+    def is_param(x: Any) -> bool:
+        return isinstance(x, nnx.Variable | nnx.bridge.NNXMeta)
+
+    def spec_of(x: Any) -> ParamSpec | None:
+        if isinstance(x, nnx.Variable):
+            return x.get_metadata().get("spec")
+        return x.metadata.get("spec") if isinstance(x, nnx.bridge.NNXMeta) else None
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
+    _require_declared(
+        {jax.tree_util.keystr(path, simple=True, separator="/"): spec_of(x) for path, x in flat}
+    )
+    return jax.tree.map(spec_of, params, is_leaf=is_param)
 
 
 def _require_declared(specs: Mapping[str, ParamSpec | None]) -> None:
@@ -137,5 +170,5 @@ def _require_declared(specs: Mapping[str, ParamSpec | None]) -> None:
     if missing:
         raise ValueError(
             f"every parameter must be declared with axes and a role; {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not. Use gdn_jax.params.declare(param, axes, ...)."
+            f"{'is' if len(missing) == 1 else 'are'} not. Use gdn_jax.declare (NNX) or gdn_jax.declared (Linen)."
         )

@@ -12,12 +12,13 @@ from gdn_jax.mup.rules import (
     param_rule,
     resolve_rules,
 )
-from gdn_jax.mup.spec import ParamSpec, Role
+from gdn_jax.mup.spec import RANDOM_ROLES, ParamSpec, Role
 
 __all__ = [
     "DECAY_MODES",
     "OPTIMIZERS",
     "PRESETS",
+    "RANDOM_ROLES",
     "ParamRule",
     "ParamSpec",
     "Role",

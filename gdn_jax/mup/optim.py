@@ -108,7 +108,9 @@ def _partitioned(
     }
     partition = optax.partition(transforms, group_labels(specs))
     # One clip, outside the partition: inside, each group would be clipped on its own.
-    return optax.chain(optax.clip_by_global_norm(clip_norm), partition) if clip_norm is not None else partition
+    return (
+        optax.chain(optax.clip_by_global_norm(clip_norm), partition) if clip_norm is not None else partition
+    )
 
 
 def _step_size(

@@ -60,7 +60,7 @@ class _Dims:
     # Ratio of the value head dim: the number of terms that a per-head gate's gradient collects.
     r_value_dim: float
     # Model width, and its ratio.
-    n: float
+    n: int
     r: float
 
 
@@ -92,7 +92,9 @@ def _constant(value: float) -> _Factor:
 # arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
 _MUP: dict[Role, _Row] = {
     Role.MATRIX: _Row(_fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True),
-    Role.GATE_MATRIX: _Row(_fan_in_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
+    Role.GATE_MATRIX: _Row(
+        _fan_in_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in
+    ),
     Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out * d.r_value_dim**0.5, _one),
     Role.CONV: _Row(_fan_in_std, lambda d: d.r_out, _one),
     Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
@@ -119,7 +121,9 @@ _SP_EMBEDDING = _SP | {
 
 # The paper's baseline: standard deviation 0.02 for everything drawn at random, one learning rate.
 _SP_CONSTANT = {
-    role: dataclasses.replace(row, init_std=row.init_std if role in (Role.NORM_GAIN, Role.GATE_SCALAR) else _constant(0.02))
+    role: dataclasses.replace(
+        row, init_std=row.init_std if role in (Role.NORM_GAIN, Role.GATE_SCALAR) else _constant(0.02)
+    )
     for role, row in _SP.items()
 }
 
@@ -175,7 +179,7 @@ def check_preset(preset: str, optimizer: str) -> None:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}.")
 
 
-def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRatios, width: float) -> ParamRule:
+def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRatios, width: int) -> ParamRule:
     """The table's row for one parameter.
 
     Args:
@@ -246,9 +250,7 @@ def init_scale(rules: Rules) -> Callable[[ParamSpec], Any]:
     return lambda spec: rules.groups[spec.group].init_std
 
 
-def effective_decay(
-    rule: ParamRule, learning_rate: Any, weight_decay: Any, schedule: Any, mode: str
-) -> Any:
+def effective_decay(rule: ParamRule, learning_rate: Any, weight_decay: Any, schedule: Any, mode: str) -> Any:
     """Fraction of a weight that one step removes.
 
     Args:
@@ -280,5 +282,3 @@ def describe_ratio(value: float) -> str:
         if abs(exponent * 2 - round(exponent * 2)) < 1e-9:
             return "1" if exponent == 0 else f"2^{exponent:g}"
     return f"{value:.4g}"
-
-

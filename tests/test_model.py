@@ -1,0 +1,145 @@
+"""The mixer and the language model: documents, caches, dtypes, remat, and muP = SP at the base."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gdn_jax import GatedDeltaNet, GDNConfig, GDNLanguageModel
+
+CONFIG = GDNConfig(
+    width=16,
+    num_key_heads=1,
+    num_value_heads=2,
+    key_dim=8,
+    value_dim=8,
+    mlp_width=32,
+    num_layers=2,
+    vocab_size=13,
+)
+LENGTH = 40
+
+
+def rms_ratio(actual, expected):
+    """RMS(error) / RMS(expected), in float64."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
+
+
+def _randomized(model, key=7):
+    """The model with a readout and gains that are not constants, so that nothing is hidden by a zero."""
+    params = nnx.state(model, nnx.Param)
+    keys = iter(jax.random.split(jax.random.key(key), 100))
+    nnx.update(model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params))
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixer():
+    return _randomized(GatedDeltaNet(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _randomized(GDNLanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (2, LENGTH, CONFIG.width))
+
+
+def test_mixer_is_causal(mixer, x):
+    y = mixer(x)
+    changed = mixer(x.at[:, 25:].set(3.0))
+    np.testing.assert_array_equal(y[:, :25], changed[:, :25])
+    assert rms_ratio(changed[:, 25:], y[:, 25:]) > 0.1
+
+
+def test_packed_documents_are_apart(mixer, x):
+    segments = jnp.asarray([[1] * 17 + [2] * 23, [3] * 30 + [0] * 10], jnp.int32)
+    packed = mixer(x, segment_ids=segments)
+    apart = [mixer(x[:1, :17]), mixer(x[:1, 17:]), mixer(x[1:, :30])]
+    for got, expected in zip((packed[:1, :17], packed[:1, 17:], packed[1:, :30]), apart, strict=True):
+        assert rms_ratio(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 20), (5, 6, 30), (40,)])
+def test_pieces_with_a_cache_are_the_whole(mixer, x, cuts):
+    # Documents that begin inside a piece, padding between them, and rows that pause.
+    segments = jnp.asarray([[1] * 4 + [0] * 3 + [2] * 33, [5] * 22 + [6] * 10 + [0] * 8], jnp.int32)
+    whole = mixer(x, segment_ids=segments)
+    cache = GatedDeltaNet.init_cache(CONFIG, 2)
+    start, pieces = 0, []
+    for cut in (*cuts, LENGTH):
+        if cut > start:
+            y, cache = mixer.with_cache(x[:, start:cut], cache, segment_ids=segments[:, start:cut])
+            pieces.append(y)
+        start = cut
+    valid = np.asarray(segments)[..., None] != 0
+    assert rms_ratio(np.where(valid, np.concatenate(pieces, 1), 0), np.where(valid, whole, 0)) < 1e-6
+
+
+def test_cache_without_segments_goes_on(mixer, x):
+    whole = mixer(x)
+    first, cache = mixer.with_cache(x[:, :7], GatedDeltaNet.init_cache(CONFIG, 2))
+    second, _ = mixer.with_cache(x[:, 7:], cache)
+    assert rms_ratio(jnp.concatenate([first, second], 1), whole) < 1e-6
+
+
+def test_remat_changes_nothing(model):
+    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
+    remat = GDNLanguageModel(dataclasses.replace(CONFIG, remat=True), rngs=nnx.Rngs(0))
+    nnx.update(remat, nnx.state(model, nnx.Param))
+
+    def grads(m):
+        return nnx.grad(lambda m: jnp.mean(m(tokens) ** 2))(m)
+
+    for got, expected in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads(model)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_compute_is_close(model):
+    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
+    low = GDNLanguageModel(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), rngs=nnx.Rngs(0))
+    nnx.update(low, nnx.state(model, nnx.Param))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(low, nnx.Param)))
+    logits = low(tokens)
+    assert logits.dtype == jnp.float32
+    # bf16 has 8 bits; errors of 1/256 an operation add up to a few percent over two blocks.
+    assert 1e-4 < rms_ratio(logits, model(tokens)) < 0.05
+
+
+def test_intermediates_do_not_change_the_logits(model):
+    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
+    logits, seen = model.with_intermediates(tokens)
+    np.testing.assert_allclose(logits, model(tokens), rtol=1e-5, atol=1e-6)
+    assert seen["q"].shape == (2, 2, LENGTH, 1, 8)
+    assert seen["state"].shape == (2, 2, 2, 8, 8)
+    assert seen["logits"].shape == (2, LENGTH, 13)
+    added = {"o": jnp.zeros_like(seen["o"])}
+    grad = jax.grad(lambda a: jnp.sum(model.with_intermediates(tokens, None, a)[0] ** 2))(added)["o"]
+    assert float(jnp.min(jnp.sum(grad**2, axis=(1, 2, 3, 4)))) > 0
+
+
+def test_tied_embedding_is_its_own_readout():
+    tied = GDNLanguageModel(dataclasses.replace(CONFIG, tie_embedding=True), rngs=nnx.Rngs(0))
+    tokens = jnp.arange(8)[None] % CONFIG.vocab_size
+    assert tied.readout is None
+    before = tied(tokens)
+    tied.embedding[...] = 2 * tied.embedding[...]
+    assert rms_ratio(tied(tokens), before) > 0.5
+
+
+def test_untied_readout_starts_at_zero():
+    fresh = GDNLanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(fresh(jnp.zeros((1, 4), jnp.int32)), 0.0)
+
+
+def test_logits_multiplier_is_no_parameter():
+    wide = GDNLanguageModel(CONFIG.widen(64, "heads"), rngs=nnx.Rngs(0))
+    assert float(wide.logits_multiplier[...]) == 0.25
+    assert "logits_multiplier" not in nnx.to_pure_dict(nnx.state(wide, nnx.Param))

@@ -1,0 +1,154 @@
+"""The command `gdn`: train, sweep, report, coord-check, show-rules."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from train.config import ModelOptions, OptimizerOptions
+from train.coord_run import CoordOptions
+from train.data import DataConfig
+from train.show_rules import ShowRulesOptions
+from train.sweep import SweepOptions
+from train.train_run import TrainOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """Train one model; run it again to go on where it stopped."""
+
+    run: Annotated[TrainOptions, tyro.conf.arg(name="")]
+    model: ModelOptions = ModelOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    data: DataConfig = DataConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepCommand:
+    """Train every width x preset x learning rate x seed, then report whether the optimum transfers."""
+
+    sweep: Annotated[SweepOptions, tyro.conf.arg(name="")]
+    model: ModelOptions = ModelOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    data: DataConfig = DataConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportCommand:
+    """Judge the rows of a sweep: table, verdict, report.json, transfer.png."""
+
+    directory: tyro.conf.Positional[pathlib.Path]
+    """The sweep's --out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordCheckCommand:
+    """Measure how activations, updates and gradients scale with width; exit code 1 when muP fails."""
+
+    check: Annotated[CoordOptions, tyro.conf.arg(name="")]
+    model: ModelOptions = ModelOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    data: DataConfig = DataConfig(sequence_length=128, batch_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowRulesCommand:
+    """Print what a parametrization does to each parameter of a model."""
+
+    show: Annotated[ShowRulesOptions, tyro.conf.arg(name="")]
+    model: ModelOptions = ModelOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+
+
+type Command = (
+    Annotated[TrainCommand, tyro.conf.subcommand("train")]
+    | Annotated[SweepCommand, tyro.conf.subcommand("sweep")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
+    | Annotated[CoordCheckCommand, tyro.conf.subcommand("coord-check")]
+    | Annotated[ShowRulesCommand, tyro.conf.subcommand("show-rules")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line; exits with 2 on wrong input, 1 when a check fails."""
+    try:
+        command = tyro.cli(Command, prog="gdn", args=arguments, description=__doc__)
+        code = _run(command)
+    except ValueError as error:
+        print(f"gdn: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _run(command: Any) -> int:
+    from rich.console import Console
+
+    console = Console()
+    match command:
+        case ShowRulesCommand():
+            from train.show_rules import show_rules
+
+            shown = show_rules(command.show, command.model, command.optimizer.name)
+            # One line a parameter: a narrow terminal breaks lines, it does not cut columns.
+            Console(width=max(console.width, 132)).print(shown)
+        case ReportCommand():
+            return _report(command.directory, console)
+        case SweepCommand():
+            from train.progress import SweepBar
+            from train.sweep import run_sweep
+
+            _keep_compilations()
+            with SweepBar(console) as bar:
+                run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
+            return _report(command.sweep.out, console)
+        case TrainCommand():
+            from train.train_run import run_training
+
+            _keep_compilations()
+            summary = run_training(
+                command.run,
+                command.model,
+                command.optimizer,
+                command.data,
+                say=lambda text: print(text, flush=True),
+            )
+            if summary["val_loss"] is not None:
+                print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")
+            return 1 if summary["diverged_at_step"] else 0
+        case CoordCheckCommand():
+            from train.coord_run import run_coord_check
+
+            _keep_compilations()
+            return run_coord_check(command.check, command.model, command.optimizer, command.data, console)
+    return 0
+
+
+def _report(directory: pathlib.Path, console: Any) -> int:
+    from train.report import table, write_report
+
+    report = write_report(directory)
+    console.print(table(report))
+    console.print(report["verdict"])
+    console.print(f"picture: {directory / 'transfer.png'}")
+    return 0
+
+
+def _keep_compilations() -> None:
+    """Compiled programs outlive the process, so that a sweep that goes on does not compile again."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "gdn" / "jax"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`gdn coord-check`: measures widths, judges the slopes, writes coord.json and coord.png."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+from train.config import ModelOptions, OptimizerOptions, PresetName, check_learning_rate, check_preset_name
+from train.data import DataConfig, prepare, train_batch, validation_batches
+from train.ledger import make_writable
+
+ROWS_FILE = "coord_rows.jsonl"
+_AT_STEPS = (0, 2, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordOptions:
+    """What is measured, and where the results go."""
+
+    out: pathlib.Path
+    """Folder of coord.json, coord.png and the measurements."""
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    """At least 4 widths that span at least 8x; the smallest is the base."""
+    presets: tuple[PresetName, ...] = ()
+    """Parametrizations; by default mup, which must pass, and the controls that must fail: sp, and under SGD with
+    growing head dims mup_standard."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the initialisation; at least 3, for a standard error."""
+    learning_rate: float | None = None
+    """At the base width, near its optimum (a tiny one would pass anything); by default 2^-7 for AdamW, 2^-2 for SGD."""
+
+    def __post_init__(self) -> None:
+        widths = sorted(set(self.widths))
+        if len(widths) < 4 or widths[0] < 64 or widths[-1] < 8 * widths[0]:
+            raise ValueError(
+                f"--widths must be at least 4, from 64 on, and span 8x; got {' '.join(map(str, self.widths))}. "
+                "Use 64 128 256 512."
+            )
+        if len(set(self.seeds)) < 3:
+            raise ValueError(f"--seeds must be at least 3; got {len(set(self.seeds))}. Use 0 1 2.")
+        for preset in self.presets:
+            check_preset_name(preset)
+        if self.learning_rate is not None:
+            check_learning_rate(self.learning_rate)
+
+
+def run_coord_check(
+    options: CoordOptions,
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    data_config: DataConfig,
+    console: Any,
+) -> int:
+    """Returns the exit code: 0 when muP passes and every control fails, else 1.
+
+    Raises:
+        ValueError: anything wrong with options, corpus or folder; before any compilation.
+    """
+    from gdn_jax.mup.coord_check import Tokens, measure
+    from train.coord_report import coord_table, write_coord_report
+
+    data = prepare(data_config)
+    base = dataclasses.replace(model, compute_dtype="float32", tie_embedding=False).with_base(
+        min(options.widths)
+    )
+    configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
+    make_writable(options.out)
+    rate = options.learning_rate or (2.0**-7 if optimizer.name == "adamw" else 2.0**-2)
+    gates_differ = optimizer.name == "sgd" and model.regime == "head_dim"
+    presets = options.presets or ("mup", "sp", *(("mup_standard",) if gates_differ else ()))
+    batches = [Tokens(*train_batch(data, data_config, step)) for step in range(max(_AT_STEPS))]
+    probe = Tokens(*validation_batches(data, data_config)[0])
+    rows = []
+    for width, config in configs.items():
+        start = time.perf_counter()
+        for preset in presets:
+            rows += [
+                row | {"regime": model.regime, "learning_rate": rate, "value_heads": config.num_value_heads}
+                for row in measure(
+                    config,
+                    preset=preset,
+                    optimizer=optimizer.name,
+                    learning_rate=rate,
+                    seeds=sorted(set(options.seeds)),
+                    batches=batches,
+                    probe=probe,
+                    at_steps=_AT_STEPS,
+                    momentum=optimizer.momentum,
+                )
+            ]
+        console.print(f"width {width} measured in {time.perf_counter() - start:.0f} s")
+    (options.out / ROWS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    analysis = write_coord_report(rows, options.out)
+    console.print(coord_table(analysis))
+    console.print(f"picture: {options.out / 'coord.png'}")
+    return 0 if analysis["passed"] else 1

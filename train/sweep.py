@@ -1,0 +1,367 @@
+"""A sweep of width x preset x learning rate x seed: the plan, and its execution from a ledger.
+
+Per width one compiled program serves every point. Points are packed: each device runs its share of a
+pack, side by side under ``vmap`` on an accelerator, alone on a CPU, where packing does not pay. Packs
+follow from the plan alone, never from what is left to do, so that a resumed sweep computes the same.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import pathlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import loop
+from train.config import (
+    ModelOptions,
+    OptimizerOptions,
+    PresetName,
+    check_learning_rate,
+    check_preset_name,
+)
+from train.data import DataConfig, PreparedData, prepare, train_batch, validation_batches
+from train.ledger import Ledger, code_version, make_writable, only_process
+from train.mesh import SWEEP, make_mesh
+from train.step import Compiled, HParams, Metrics, Program, compile_program
+
+_OCTAVE_STEP = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """What is swept, and where the results go."""
+
+    out: pathlib.Path
+    """Folder of the ledger and the report; a sweep that was stopped goes on from it."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Model widths, one compilation each."""
+    learning_rates: tuple[str, ...] = ("2^-11..2^-4",)
+    """Peak learning rates at the base width: numbers, powers (2^-7), or ranges by half octaves (2^-11..2^-4)."""
+    presets: tuple[PresetName, ...] = ("mup", "sp")
+    """Parametrizations to compare."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initialisation. All points see the same data in the same order."""
+    steps: int = 200
+    """Training steps a point."""
+    shifts: tuple[str, ...] = ()
+    """PRESET=OCTAVES: move that preset's grid by so much per doubling of the width above the base (sp=-1)."""
+    grids: tuple[str, ...] = ()
+    """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed."""
+    points_per_device: int | None = None
+    """Points that one device trains side by side; by default 1 on a CPU, and 8 on an accelerator."""
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "learning_rates", "presets", "seeds"):
+            values = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            if not values:
+                raise ValueError(f"{flag} must name at least one; got none.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{flag} must not repeat a value; got {' '.join(map(str, values))}.")
+        for width in self.widths:
+            if width < 1:
+                raise ValueError(f"--widths must be positive; got {width}.")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**31:
+                raise ValueError(f"--seeds must be in [0, 2^31); got {seed}.")
+        if self.steps < 1:
+            raise ValueError(f"--steps must be positive; got {self.steps}.")
+        if self.points_per_device is not None and self.points_per_device < 1:
+            raise ValueError(f"--points-per-device must be positive; got {self.points_per_device}.")
+        for preset in self.presets:
+            check_preset_name(preset)
+        parse_rates(self.learning_rates)
+        self._shifts()
+        self._grids()
+
+    def grid(self, preset: str, width: int, base_width: int) -> tuple[float, ...]:
+        """Learning rates of a preset at a width, ascending."""
+        for pattern, grid_width, rates in self._grids():
+            if grid_width == width and fnmatch.fnmatch(preset, pattern):
+                return rates
+        octaves = self._shifts().get(preset, 0.0) * math.log2(width / base_width)
+        # Whole half octaves, so that grids of different widths stay comparable.
+        factor = 2.0 ** (round(octaves / _OCTAVE_STEP) * _OCTAVE_STEP)
+        return tuple(rate * factor for rate in parse_rates(self.learning_rates))
+
+    def _shifts(self) -> dict[str, float]:
+        result = {}
+        for text in self.shifts:
+            match = re.fullmatch(r"(\w+)=([-+]?[\d.]+)", text)
+            if not match:
+                raise ValueError(f"--shifts must be PRESET=OCTAVES, such as sp=-1; got {text!r}.")
+            self._require_swept(match[1], "--shifts")
+            result[match[1]] = float(match[2])
+        return result
+
+    def _grids(self) -> list[tuple[str, int, tuple[float, ...]]]:
+        result = []
+        for text in self.grids:
+            match = re.fullmatch(r"(\w+|\*)@(\d+)=(\S+)", text)
+            if not match:
+                raise ValueError(
+                    f"--grids must be PRESET@WIDTH=RATES, such as sp@256=2^-11..2^-7; got {text!r}."
+                )
+            if match[1] != "*":
+                self._require_swept(match[1], "--grids")
+            if int(match[2]) not in self.widths:
+                raise ValueError(f"--grids must name a width of --widths; got {text!r}.")
+            result.append((match[1], int(match[2]), parse_rates(match[3].split(","), "--grids")))
+        return result
+
+    def _require_swept(self, preset: str, flag: str) -> None:
+        if preset not in self.presets:
+            raise ValueError(
+                f"{flag} must name a preset of --presets ({', '.join(self.presets)}); got {preset!r}."
+            )
+
+
+def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[float, ...]:
+    """Numbers, powers of two and half-octave ranges as ascending learning rates without repetition."""
+    rates: set[float] = set()
+    for text in texts:
+        low, dots, high = text.partition("..")
+        if not dots:
+            rates.add(_rate(low, flag))
+            continue
+        start, end = _rate(low, flag), _rate(high, flag)
+        if start > end:
+            raise ValueError(f"{flag} range must ascend; got {text!r}. Use {high}..{low}.")
+        count = round(math.log2(end / start) / _OCTAVE_STEP)
+        rates |= {start * 2.0 ** (_OCTAVE_STEP * i) for i in range(count + 1)}
+    return tuple(sorted(rates))
+
+
+def _rate(text: str, flag: str) -> float:
+    match = re.fullmatch(r"2\^([-+]?\d+(?:\.\d+)?)", text)
+    try:
+        value = 2.0 ** float(match[1]) if match else float(text)
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers, 2^-7 or 2^-9..2^-5; got {text!r}.") from None
+    check_learning_rate(value, flag)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One training run of a sweep."""
+
+    preset: str
+    width: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As ``ledger.point_key`` of its row."""
+        return (self.preset, self.width, self.learning_rate, self.seed)
+
+
+def plan_points(options: SweepOptions, base_width: int) -> dict[int, list[Point]]:
+    """The points of each width, in the order in which they are packed."""
+    return {
+        width: [
+            Point(preset, width, rate, seed)
+            for preset in options.presets
+            for rate in options.grid(preset, width, base_width)
+            for seed in options.seeds
+        ]
+        for width in sorted(options.widths)
+    }
+
+
+def packs(points: Sequence[Point], size: int) -> list[list[Point]]:
+    """Consecutive packs of ``size``; the last is filled up with its own last point."""
+    cut = [list(chunk) for chunk in itertools.batched(points, size)]
+    cut[-1] += [cut[-1][-1]] * (size - len(cut[-1]))
+    return cut
+
+
+class Progress:
+    """What the sweep tells its caller; the command line shows it as a bar. Does nothing by itself."""
+
+    def begin(self, total_work: float, done_work: float) -> None:
+        """Work is counted in units that are proportional to the time it takes."""
+
+    def compiling(self, width: int, seconds: float | None) -> None:
+        """A width's program is being compiled; with seconds: it is done."""
+
+    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: float) -> None:
+        """A pack has taken a step that was worth ``work``."""
+
+    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: float) -> None:
+        """A pack is in the ledger; ``skipped_work`` was left out since all had diverged."""
+
+
+def run_sweep(
+    options: SweepOptions,
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    data_config: DataConfig,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Runs what the ledger in ``options.out`` does not hold yet.
+
+    Returns:
+        The rows of the plan, in its order.
+
+    Raises:
+        ValueError: anything wrong with the options, the corpus or the folder; before any compilation.
+    """
+    progress = progress or Progress()
+    model = model.with_base(min(options.widths))
+    assert model.base_width is not None, "with_base has set it"
+    plan = plan_points(options, model.base_width)
+    data = prepare(data_config)
+    programs = {
+        width: Program(
+            model.gdn_config(width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
+        )
+        for width in plan
+    }
+    hparams = {
+        point: programs[width].hparams(point.learning_rate, point.preset)
+        for width, points in plan.items()
+        for point in points
+    }
+    make_writable(options.out)
+    with only_process(options.out):
+        ledger = Ledger(options.out, identity(model, optimizer, data_config, data, options.steps))
+        _execute(options, model.regime, plan, programs, hparams, data, data_config, ledger, progress)
+        return [ledger.rows[point.key] for points in plan.values() for point in points]
+
+
+def identity(
+    model: ModelOptions, optimizer: OptimizerOptions, data_config: DataConfig, data: PreparedData, steps: int
+) -> dict[str, Any]:
+    """What all points of a ledger share; JSON-able."""
+    read = dataclasses.asdict(data_config)
+    del read["cache_dir"]
+    return {
+        "model": dataclasses.asdict(model),
+        "optimizer": dataclasses.asdict(optimizer),
+        "data": read | {"fingerprint": data.fingerprint},
+        "steps": steps,
+    }
+
+
+def _execute(
+    options: SweepOptions,
+    regime: str,
+    plan: Mapping[int, Sequence[Point]],
+    programs: Mapping[int, Program],
+    hparams: Mapping[Point, HParams],
+    data: PreparedData,
+    data_config: DataConfig,
+    ledger: Ledger,
+    progress: Progress,
+) -> None:
+    per_device = options.points_per_device or (1 if jax.default_backend() == "cpu" else 8)
+    mesh = make_mesh(sweep=len(jax.devices()), data=1)
+    size = per_device * mesh.shape[SWEEP]
+    validation = validation_batches(data, data_config)
+    todo = {
+        width: [pack for pack in packs(points, size) if any(p.key not in ledger.rows for p in pack)]
+        for width, points in plan.items()
+    }
+    work = {width: _relative_cost(program) * size for width, program in programs.items()}
+    count = {width: len(packs(points, size)) for width, points in plan.items()}
+    progress.begin(
+        sum(work[width] * count[width] * options.steps for width in plan),
+        sum(work[width] * (count[width] - len(todo[width])) * options.steps for width in plan),
+    )
+    shared = {
+        "code_version": code_version(),
+        "config_fingerprint": ledger.fingerprint,
+        "regime": regime,
+        "device": jax.devices()[0].device_kind,
+    }
+    for width, remaining in todo.items():
+        if not remaining:
+            continue
+        compiled = compile_program(programs[width], mesh, packed=True)
+        start = time.perf_counter()
+        progress.compiling(width, None)
+        _warm_up(compiled, remaining[0], hparams, train_batch(data, data_config, 0))
+        progress.compiling(width, time.perf_counter() - start)
+        for pack in remaining:
+            rows = _run_pack(
+                compiled, programs[width], pack, hparams, data, data_config, validation, work[width], progress
+            )
+            for row in rows:
+                ledger.append(row | shared)
+
+
+def _warm_up(compiled: Compiled, pack: Sequence[Point], hparams: Mapping[Point, HParams], batch: Any) -> None:
+    """Compiles all three functions, so that the time of the first pack is not theirs."""
+    stacked = loop.stack_hparams([hparams[point] for point in pack])
+    state = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
+    state, _ = compiled.step(state, batch, stacked)
+    jax.block_until_ready(compiled.evaluate(state, batch))
+
+
+def _run_pack(
+    compiled: Compiled,
+    program: Program,
+    pack: Sequence[Point],
+    hparams: Mapping[Point, HParams],
+    data: PreparedData,
+    data_config: DataConfig,
+    validation: Sequence[Any],
+    work: float,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    stacked = loop.stack_hparams([hparams[point] for point in pack])
+    state = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
+    taken = 0
+
+    def observe(step: int, metrics: Metrics) -> None:
+        nonlocal taken
+        taken = step
+        progress.step(pack, step, np.asarray(metrics.loss), work)
+
+    batches = (train_batch(data, data_config, step) for step in range(program.steps))
+    state = loop.run(
+        compiled, state, stacked, batches, first_step=0, last_step=program.steps, observe=observe
+    )
+    losses = loop.mean_validation_loss(compiled, state, validation)
+    diverged_at = np.asarray(state.diverged_at)
+    seconds = time.perf_counter() - start
+    tokens = program.steps * data_config.batch_size * data_config.sequence_length
+    rows = []
+    for index, point in enumerate(pack):
+        diverged = diverged_at[index] >= 0 or not math.isfinite(losses[index])
+        rows.append(
+            {
+                "preset": point.preset,
+                "optimizer": program.options.name,
+                "base_width": program.config.base_axis_sizes["embed"],
+                "width": point.width,
+                "learning_rate": point.learning_rate,
+                "seed": point.seed,
+                "steps": program.steps,
+                "tokens": tokens,
+                "val_loss": None if diverged else float(losses[index]),
+                "diverged_at_step": int(diverged_at[index]) + 1 if diverged_at[index] >= 0 else None,
+                "seconds": round(seconds / len(pack), 3),
+            }
+        )
+    progress.finished(rows, (program.steps - taken) * work)
+    return rows
+
+
+def _relative_cost(program: Program) -> float:
+    """Multiplications per token, roughly: matrices, plus what does not grow as the square of the width."""
+    config = program.config
+    inner = 2 * config.num_key_heads * config.key_dim + 3 * config.num_value_heads * config.value_dim
+    block = config.width * (inner + 3 * config.mlp_width)
+    # Element-wise work and the delta rule, measured on a CPU as equal to that of some 300 columns.
+    return config.num_layers * (block + 300 * config.width) + config.width * config.vocab_size
