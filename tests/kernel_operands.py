@@ -25,7 +25,17 @@ def assert_near(name, actual, expected, dtype="float32"):
 
 
 def operands(
-    batch, length, key_heads, value_heads, key_dim, value_dim, *, seed=0, keys="random", decay="mixed", beta_max=2.0
+    batch,
+    length,
+    key_heads,
+    value_heads,
+    key_dim,
+    value_dim,
+    *,
+    seed=0,
+    keys="random",
+    decay="mixed",
+    beta_max=2.0,
 ):
     """q, k, v, log_decay, beta, initial_state in numpy float64, keys of length 1."""
     rng = np.random.default_rng(seed)

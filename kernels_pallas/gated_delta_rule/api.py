@@ -85,7 +85,8 @@ def _core(options: _Options, operands: _Operands, valid: Array | None, reset: Ar
     dtype = _compute_dtype(x.q, x.k, x.v)
     q, k, decay, write = (_select(valid, y).astype(dtype) for y in (x.q, x.k, x.decay, x.write))
     if options.from_gates:
-        assert x.a_log is not None and x.dt_bias is not None
+        assert x.a_log is not None
+        assert x.dt_bias is not None
         rate, bias = (y.astype(dtype)[None, None, :] for y in (x.a_log, x.dt_bias))
         log_decay = -jnp.exp(rate) * jax.nn.softplus(decay + bias)
         beta = options.beta_max * jax.nn.sigmoid(write)
@@ -106,7 +107,7 @@ def _core(options: _Options, operands: _Operands, valid: Array | None, reset: Ar
         initial_state=state,
     )
     # Inside shard_map each array gets the varying axes of all: a scan's carry must have them from the start.
-    zero = sum(jnp.zeros_like(y, dtype=dtype, shape=()) for y in core)
+    zero = functools.reduce(jnp.add, (jnp.zeros_like(y, dtype=dtype, shape=()) for y in core))
     return jax.tree.map(lambda y: y + zero.astype(y.dtype), core)
 
 
@@ -115,7 +116,11 @@ def _sizes(options: _Options, core: _Core) -> Sizes:
     # HIGH is TF32 on a GPU and three bf16 passes on a TPU: one pass loses the gate gradients, which cancel.
     precision = jax.lax.Precision.HIGH if low_precision else jax.lax.Precision.HIGHEST
     chosen = options.inverse_precision
-    chunk, block = tiling.chunk_and_block(core.q.shape[1], jax.default_backend())
+    batch, length, value_heads, value_dim = core.v.shape
+    # Only speed hangs on the platform: what is compiled for another one than the default is as correct.
+    chunk, block = tiling.chunk_and_block(
+        batch, length, value_heads, max(core.k.shape[-1], value_dim), jax.default_backend()
+    )
     return Sizes(chunk, block, precision, jax.lax.Precision.HIGHEST if chosen is None else chosen)
 
 
@@ -355,16 +360,14 @@ def gated_delta_step(
     check_scalars(scale, qk_norm_eps)
     _choose(implementation)
     dtype = _compute_dtype(q, k, v)
+    step_q, step_k, step_v, step_decay, step_beta = (x[:, None] for x in (q, k, v, log_decay, beta))
     operands = _Operands(
-        *(x[:, None] for x in (q, k, v, log_decay, beta)),
-        None,
-        None,
-        _scale(scale, q.shape[-1], dtype),
-        state,
+        step_q, step_k, step_v, step_decay, step_beta, None, None, _scale(scale, q.shape[-1], dtype), state
     )
     valid = None if active is None else active[:, None]
     core = _core(_Options(False, 1.0, qk_norm_eps, None), operands, valid, None)
-    o, stepped = delta_step(*(x[:, 0].astype(dtype) for x in core[:-1]), core.initial_state)
+    q_BHK, k_BHK, v_BGV, log_decay_BG, beta_BG = (x[:, 0].astype(dtype) for x in core[:-1])
+    o, stepped = delta_step(q_BHK, k_BHK, v_BGV, log_decay_BG, beta_BG, core.initial_state)
     if active is not None:
         # An inactive row already has β = 0 and α = 1; the output must not read its state.
         o = jnp.where(active[:, None, None], o, 0)

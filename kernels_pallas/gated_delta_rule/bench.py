@@ -116,13 +116,16 @@ def measure(contestants: dict[str, Callable[[str], float]], rounds: int) -> dict
                 if turn >= 0:
                     times[name][mode].append(1e3 * elapsed)
     return {
-        name: {mode: statistics.median(taken) for mode, taken in modes.items()} for name, modes in times.items()
+        name: {mode: statistics.median(taken) for mode, taken in modes.items()}
+        for name, modes in times.items()
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print one table per shape."""
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.gated_delta_rule.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.gated_delta_rule.bench", description=__doc__
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["cpu"], help="default: cpu")
     parser.add_argument("--implementations", nargs="+", default=["chunked", "reference"])
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
@@ -137,7 +140,9 @@ def main(argv: list[str] | None = None) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch_python = _find_torch(options.torch_python)
     device = jax.devices()[0]
-    print(f"{device.device_kind} ({device.platform}), {options.dtype}, medians of {options.rounds} rounds, ms")
+    print(
+        f"{device.device_kind} ({device.platform}), {options.dtype}, medians of {options.rounds} rounds, ms"
+    )
     if torch_python is None:
         print("torch and transformers are not installed here: name an interpreter by --torch-python")
 

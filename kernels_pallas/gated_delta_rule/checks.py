@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -102,7 +102,8 @@ def check_sequence(
             )
         if _is_concrete(segment_ids) and (np.asarray(segment_ids) < 0).any():
             raise ValueError(
-                f"segment_ids must be ≥ 0; got {np.asarray(segment_ids).min()}. Padding is 0, documents 1, 2, …"
+                f"segment_ids must be ≥ 0; got {np.asarray(segment_ids).min()}. "
+                "Number the documents from 1 and the padding 0."
             )
     if decay_name == "log_decay":
         _check_gates(decay, write, segment_ids)
