@@ -213,8 +213,9 @@ class TestChunks:
         chunk, block = chunk_and_block(2, length, 4, 64, platform)
         assert chunk & (chunk - 1) == 0
         assert block % chunk == 0
-        # Never a whole block of nothing but filling.
-        assert block < length + chunk
+        # Never more filling than a chunk for each block.
+        blocks = -(-length // block)
+        assert blocks * (block - chunk) < length
 
     def test_sums_survive_a_large_decay(self):
         log_decay = np.full(64, -0.01)
@@ -223,12 +224,10 @@ class TestChunks:
         coarse, fine = (
             np.asarray(x, np.float64) for x in chunked._log_decay_sums(jnp.asarray(log_decay, jnp.float32))
         )
-        for start in (20, 31):
-            between = (coarse[29 + 30 * (start > 30)] - coarse[start]) + (
-                fine[29 + 30 * (start > 30)] - fine[start]
-            )
-            steps = 29 + 30 * (start > 30) - start
-            assert abs(between + 0.01 * steps) < 1e-7
+        # Between the large ones, and after them all.
+        for start, stop in ((20, 29), (31, 63)):
+            between = (coarse[stop] - coarse[start]) + (fine[stop] - fine[start])
+            assert abs(between + 0.01 * (stop - start)) < 1e-7
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def chunked_forward(
     def advance(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         u, w, k_out, decay_across = inputs
         written = u - dot(w, state)
-        # Eq. (9).
+        # Eq. (8).
         return decay_across * state + dot(_t(k_out), written), (state, written)
 
     def block(state: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -1,4 +1,4 @@
-"""Inverse of a unit lower triangular matrix, README eq. (8).
+"""Inverse of a unit lower triangular matrix, README eq. (9).
 
 Both ways are backward stable, as the short series (I − A)(I + A²)(I + A⁴)… is not: on correlated keys its
 powers grow like binomial coefficients and cancel, with an error of 6e10 at C = 64.
