@@ -30,6 +30,7 @@ help:
 	@echo "make check-pins    .venv holds exactly the versions of constraints.txt"
 
 install: .venv/installed
+	@:
 
 demo: install
 	@.venv/bin/gdn sweep $(DEMO)
@@ -81,6 +82,7 @@ endef
 	@echo "installing into .venv: 1.3 GB, a minute or two"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $@
+	@echo "installed: .venv/bin/gdn --help"
 
 # The same versions but for jax, and of the extras only what the kernel tests import.
 $(OLD_VENV)/installed: pyproject.toml constraints.txt
