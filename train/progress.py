@@ -31,7 +31,8 @@ class SweepBar(Progress):
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("sweep", total=None, eta="", now="")
-        self._total = self._done = self._done_here = self._training_s = 0.0
+        self._total = self._done = self._done_here = 0
+        self._training_s = 0.0
         self._last_step_at: float | None = None
         self._last_line_at = time.perf_counter()
 
@@ -44,7 +45,7 @@ class SweepBar(Progress):
     ) -> None:
         self._bar.stop()
 
-    def begin(self, total_work: float, done_work: float) -> None:
+    def begin(self, total_work: int, done_work: int) -> None:
         """See :class:`Progress`."""
         self._total, self._done = total_work, done_work
         self._bar.update(self._task, total=total_work, completed=done_work)
@@ -60,7 +61,7 @@ class SweepBar(Progress):
             self._console.print(f"width {width} compiled in {seconds:.0f} s")
             self._last_step_at = time.perf_counter()
 
-    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: float) -> None:
+    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: int) -> None:
         """See :class:`Progress`."""
         now = time.perf_counter()
         self._training_s += now - (self._last_step_at or now)
@@ -78,7 +79,7 @@ class SweepBar(Progress):
                 f"{self._done / self._total:4.0%}  {self._eta()}  width {point.width} {text}", soft_wrap=True
             )
 
-    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: float) -> None:
+    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: int) -> None:
         """See :class:`Progress`."""
         self._done += skipped_work
         self._done_here += skipped_work

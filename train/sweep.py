@@ -187,16 +187,16 @@ def packs(points: Sequence[Point], size: int) -> list[list[Point]]:
 class Progress:
     """What the sweep tells its caller; the command line shows it as a bar. Does nothing by itself."""
 
-    def begin(self, total_work: float, done_work: float) -> None:
+    def begin(self, total_work: int, done_work: int) -> None:
         """Work is counted in units that are proportional to the time it takes."""
 
     def compiling(self, width: int, seconds: float | None) -> None:
         """A width's program is being compiled; with seconds: it is done."""
 
-    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: float) -> None:
+    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: int) -> None:
         """A pack has taken a step that was worth ``work``."""
 
-    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: float) -> None:
+    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: int) -> None:
         """A pack is in the ledger; ``skipped_work`` was left out since all had diverged."""
 
 
@@ -315,7 +315,7 @@ def _run_pack(
     data: PreparedData,
     data_config: DataConfig,
     validation: Sequence[Any],
-    work: float,
+    work: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     start = time.perf_counter()
@@ -358,7 +358,7 @@ def _run_pack(
     return rows
 
 
-def _relative_cost(program: Program) -> float:
+def _relative_cost(program: Program) -> int:
     """Multiplications per token, roughly: matrices, plus what does not grow as the square of the width."""
     config = program.config
     inner = 2 * config.num_key_heads * config.key_dim + 3 * config.num_value_heads * config.value_dim

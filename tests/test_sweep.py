@@ -1,0 +1,217 @@
+"""The sweep: grids, packs, the ledger, what a kill leaves behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from train.ledger import Ledger, check_identity, only_process
+from train.sweep import Point, Progress, SweepOptions, packs, parse_rates, plan_points, run_sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _options(folder, **changes):
+    settings = {
+        "out": folder / "out",
+        "widths": (8, 16),
+        "learning_rates": ("2^-6", "2^-5"),
+        "presets": ("mup", "sp"),
+        "steps": 4,
+    }
+    return SweepOptions(**(settings | changes))
+
+
+def _without_timing(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_rates():
+    assert parse_rates(("2^-3",)) == (0.125,)
+    assert parse_rates(("2^-3..2^-2",)) == (0.125, 2**-2.5, 0.25)
+    assert parse_rates(("0.1", "0.01", "0.1")) == (0.01, 0.1)
+    for wrong, message in (
+        ("0", "positive and finite; got 0"),
+        ("-1", "positive and finite; got -1"),
+        ("nan", "positive and finite"),
+        ("1e", "must be numbers"),
+        ("2^-2..2^-3", "must ascend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_rates((wrong,))
+
+
+def test_grids_shift_and_are_replaced(tmp_path):
+    options = _options(
+        tmp_path, widths=(8, 16, 32), shifts=("sp=-1",), grids=("mup@16=2^-9..2^-8,0.5", "*@8=2^-7")
+    )
+    assert options.grid("sp", 32, 8) == (2**-8, 2**-7)
+    assert options.grid("mup", 32, 8) == (2**-6, 2**-5)
+    assert options.grid("mup", 16, 8) == (2**-9, 2**-8.5, 2**-8, 0.5)
+    assert options.grid("sp", 8, 8) == (2**-7,)
+
+
+def test_packs_follow_from_the_plan_and_are_full(tmp_path):
+    plan = plan_points(_options(tmp_path, seeds=(0, 1)), base_width=8)
+    assert list(plan) == [8, 16]
+    assert len(plan[8]) == 8
+    assert plan[8][1] == Point("mup", 8, 2**-6, 1)
+    cut = packs(plan[8], 3)
+    assert [len(pack) for pack in cut] == [3, 3, 3]
+    assert cut[2][1] == cut[2][2] == plan[8][-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": ()}, "--widths must name at least one"),
+        ({"widths": (8, 8)}, "--widths must not repeat"),
+        ({"widths": (-8,)}, "--widths must be positive; got -8"),
+        ({"seeds": (-1,)}, "--seeds must be in"),
+        ({"steps": 0}, "--steps must be positive; got 0"),
+        ({"points_per_device": 0}, "--points-per-device must be positive"),
+        ({"presets": ()}, "--presets must name at least one"),
+        ({"learning_rates": ("0",)}, "--learning-rates must be positive"),
+        ({"shifts": ("sp",)}, "--shifts must be PRESET=OCTAVES"),
+        ({"shifts": ("paper_code=1",)}, "--shifts must name a preset of --presets"),
+        ({"grids": ("sp=2",)}, "--grids must be PRESET@WIDTH=RATES"),
+        ({"grids": ("sp@64=2",)}, "--grids must name a width"),
+    ],
+)
+def test_wrong_options(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _options(tmp_path, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    options = _options(folder)
+    rows = run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+    return folder, options, rows
+
+
+def test_rows(finished):
+    _, options, rows = finished
+    assert [(r["width"], r["preset"], r["learning_rate"]) for r in rows] == [
+        (w, p, lr) for w in (8, 16) for p in ("mup", "sp") for lr in (2**-6, 2**-5)
+    ]
+    on_disk = [json.loads(line) for line in (options.out / "rows.jsonl").read_text().splitlines()]
+    assert on_disk == rows
+    row = rows[-1]
+    assert row["steps"] == 4
+    assert row["tokens"] == 4 * 8 * 16
+    assert row["optimizer"] == "adamw"
+    assert row["regime"] == "heads"
+    assert row["base_width"] == 8
+    assert row["diverged_at_step"] is None
+    assert 1 < row["val_loss"] < 5.6
+    assert {"code_version", "config_fingerprint", "device", "seconds"} <= row.keys()
+    at_base = {(r["preset"], r["learning_rate"]): r["val_loss"] for r in rows if r["width"] == 8}
+    assert at_base["mup", 2**-5] == at_base["sp", 2**-5]
+
+
+def test_packed_points_give_the_same_rows(finished):
+    folder, _, rows = finished
+    again = run_sweep(
+        _options(folder, out=folder / "packed", points_per_device=3),
+        tiny.MODEL,
+        tiny.OPTIMIZER,
+        tiny.data_config(folder),
+    )
+    for row, other in zip(rows, again, strict=True):
+        assert other["val_loss"] == pytest.approx(row["val_loss"], abs=1e-5)
+
+
+def test_a_finished_point_is_not_repeated_and_half_a_line_is_not_trusted(finished):
+    folder, options, rows = finished
+    path = options.out / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    # The last point of width 8 half written, those of width 16 not yet run.
+    path.write_text("".join(lines[:3]) + lines[3][:40])
+
+    class Count(Progress):
+        packs = 0
+
+        def finished(self, rows, skipped_work):
+            self.packs += 1
+
+    count = Count()
+    again = run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder), count)
+    assert count.packs == 5
+    assert list(map(_without_timing, again)) == list(map(_without_timing, rows))
+    assert len(path.read_text().splitlines()) == 8
+
+
+def test_a_ledger_of_another_configuration_is_refused(finished):
+    folder, options, _ = finished
+    with pytest.raises(ValueError, match=r"another configuration \(data.batch_size 8 -> 4\)"):
+        run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder, batch_size=4))
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    check_identity(tmp_path, "sweep.json", {"a": 1})
+    (tmp_path / "rows.jsonl").write_text('{"preset": "mup"}\n')
+    with pytest.raises(ValueError, match="line 1 is no row"):
+        Ledger(tmp_path, {"a": 1})
+
+
+def test_rows_without_their_configuration_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(ValueError, match="choose an empty folder"):
+        Ledger(tmp_path, {"a": 1})
+
+
+def test_one_process_at_a_time(tmp_path):
+    with only_process(tmp_path), pytest.raises(ValueError, match="in use by another gdn process"):
+        with only_process(tmp_path):
+            pass
+
+
+def test_diverged_points_do_not_stop_the_others(tmp_path):
+    options = _options(tmp_path, widths=(8,), presets=("mup",), learning_rates=("2^-5", "1e38"))
+    fine, diverged = run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(tmp_path))
+    assert fine["val_loss"] is not None
+    assert diverged["val_loss"] is None
+    assert diverged["diverged_at_step"] in (2, 3)
+
+
+def test_killed_three_times_it_ends_with_the_same_rows(finished):
+    """kill -9 at three moments: after the first row, after the third, and while it compiles or trains."""
+    folder, _, rows = finished
+    out = folder / "killed"
+    corpus = tiny.write_corpus(folder)
+    words = [
+        sys.executable, "-m", "train", "sweep", "--out", str(out), "--widths", "8", "16",
+        "--learning-rates", "2^-6", "2^-5", "--steps", "4",
+        "--model.layers", "1", "--model.key-dim", "8", "--model.value-dim", "8",
+        "--optimizer.weight-decay", "0.1",
+        "--data.corpus", str(corpus), "--data.cache-dir", str(folder / "cache"),
+        "--data.sequence-length", "16", "--data.batch-size", "8", "--data.validation-batches", "2",
+        "--data.validation-fraction", "0.2",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = out / "rows.jsonl"
+
+    def count():
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    for wanted in (1, 3, 5):
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while count() < wanted and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert count() >= wanted
+    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+    killed = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(killed) == 8
+    # The order of the plan, in which one process would have written them.
+    assert list(map(_without_timing, killed)) == list(map(_without_timing, rows))
+    assert (out / "transfer.png").exists()

@@ -1,0 +1,165 @@
+"""`gdn train`: stopped and resumed bit for bit, refusals, and eight devices as one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from train.checkpoint import Checkpoints
+from train.train_run import TrainOptions, run_training
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _train(folder, out, **changes):
+    settings = {"width": 16, "learning_rate": 0.02, "steps": 60, "checkpoint_every": 10, "validate_every": 20}
+    options = TrainOptions(out=folder / out, **(settings | changes))
+    return run_training(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+
+
+def _final_state(folder):
+    import orbax.checkpoint as ocp
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    step = checkpoints.latest_step
+    path = folder / "checkpoints" / str(step) / "state"
+    checkpoints.close()
+    with ocp.StandardCheckpointer() as checkpointer:
+        return step, checkpointer.restore(path.resolve())
+
+
+def _losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return folder, _train(folder, "whole")
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+def test_stopped_and_resumed_ends_bit_identical(uninterrupted):
+    folder, summary = uninterrupted
+    stopped = _train(folder, "parts", stop_at=25)
+    assert stopped["steps"] == 25
+    assert stopped["val_loss"] is None
+    resumed = _train(folder, "parts")
+    assert resumed == summary
+    (step, whole), (other_step, parts) = _final_state(folder / "whole"), _final_state(folder / "parts")
+    assert step == other_step == 60
+    import jax
+
+    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert _losses(folder / "parts") == _losses(folder / "whole")
+    assert sorted(_losses(folder / "whole")) == list(range(1, 61))
+
+
+def test_summary_and_log(uninterrupted):
+    folder, summary = uninterrupted
+    assert summary["steps"] == 60
+    assert summary["tokens"] == 60 * 8 * 16
+    assert summary["diverged_at_step"] is None
+    losses = _losses(folder / "whole")
+    assert losses[60] < losses[1] - 1
+    assert json.loads((folder / "whole/summary.json").read_text()) == summary
+    again = _train(folder, "whole")
+    assert again["val_loss"] == summary["val_loss"]
+
+
+def test_what_a_crash_logged_beyond_the_checkpoint_is_dropped(uninterrupted):
+    folder, summary = uninterrupted
+    _train(folder, "crash", stop_at=25)
+    with (folder / "crash/metrics.jsonl").open("a") as log:
+        log.write('{"step": 26, "loss": 99.0}\n{"step": 27, "lo')
+    assert _train(folder, "crash") == summary
+    assert _losses(folder / "crash") == _losses(folder / "whole")
+
+
+def test_another_configuration_is_refused(uninterrupted):
+    folder, _ = uninterrupted
+    with pytest.raises(ValueError, match=r"run.learning_rate 0.02 -> 0.03"):
+        _train(folder, "whole", learning_rate=0.03)
+
+
+def test_divergence_is_reported(tmp_path):
+    summary = _train(tmp_path, "diverged", learning_rate=1e38, width=8)
+    assert summary["diverged_at_step"] in (2, 3)
+    assert summary["val_loss"] is None
+    assert summary["steps"] < 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "--width must be positive; got 0"),
+        ({"steps": -1}, "--steps must be positive"),
+        ({"learning_rate": 0.0}, "--learning-rate must be positive and finite; got 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive and finite; got nan"),
+        ({"stop_at": 100}, "--stop-at must be from 1 to --steps"),
+        ({"seed": -1}, "--seed must be in"),
+    ],
+)
+def test_wrong_options(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(out=tmp_path, **({"steps": 60} | changes))
+
+
+_EIGHT = """
+import sys, json, dataclasses, pathlib
+import jax
+sys.path.insert(0, sys.argv[2])
+import tiny
+from train.train_run import TrainOptions, run_training
+folder = pathlib.Path(sys.argv[1])
+options = TrainOptions(out=folder / f"on{len(jax.devices())}", width=16, learning_rate=0.02, steps=10)
+summary = run_training(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+print(json.dumps(summary | {"mesh": len(jax.devices())}))
+"""
+
+
+def test_eight_devices_agree_with_one(tmp_path):
+    losses = {}
+    for devices in (1, 8):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _EIGHT, str(tmp_path), str(ROOT / "tests")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout.splitlines()[-1])
+        assert summary["mesh"] == summary["devices"] == devices
+        losses[devices] = _losses(tmp_path / f"on{devices}") | {"val": summary["val_loss"]}
+    for step, loss in losses[1].items():
+        assert losses[8][step] == pytest.approx(loss, abs=1e-5), step
+
+
+def test_batch_that_devices_cannot_share_is_refused(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _EIGHT, str(tmp_path), str(ROOT / "tests")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        "ValueError: --data.batch-size must be a multiple of the 3 devices there are; got 8. Use 9."
+        in done.stderr
+    )
