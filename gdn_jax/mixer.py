@@ -114,6 +114,7 @@ class GatedDeltaNet(nnx.Module):
         goes_on = (first == cache.last_segment) | (first == 0)
         entering = jnp.where(goes_on[:, None, None, None], cache.state, 0.0)
         y, state = self._attend(x, q, k, v, segment_ids, entering, no_tap)
+        assert state is not None, "a state that enters leaves"
         last = _last_valid(segment_ids)
         last = jnp.where(last == 0, cache.last_segment, last)
         in_document = jnp.concatenate([tail_segments, segment_ids], axis=1) == last[:, None]

@@ -1,6 +1,5 @@
 """The README is true: its commands and examples run, the commands at reduced size."""
 
-import json
 import os
 import pathlib
 import re
@@ -9,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from train.report import analyse, read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,8 +67,12 @@ def test_the_coordinate_check_passes_as_written(tmp_path):
     assert (tmp_path / "runs/coord/coord.png").is_file()
 
 
+# Fixed before the demo's sizes were final; four of the five must show the transfer.
+DEMO_SEEDS = (0, 1, 2, 3, 4)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3 * 3600)
 def test_the_demo_shows_transfer(tmp_path):
     planned = subprocess.run(
         ["make", "-n", "-s", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -75,13 +80,23 @@ def test_the_demo_shows_transfer(tmp_path):
     (words,) = [
         shlex.split(line) for line in planned.stdout.splitlines() if line.startswith(".venv/bin/gdn ")
     ]
-    printed = gdn([*words[1:], "--out", str(tmp_path)], tmp_path)
+    printed = gdn([*words[1:], "--out", str(tmp_path), "--seeds", *map(str, DEMO_SEEDS)], tmp_path)
     assert "transfer.png" in printed
-    presets = json.loads((tmp_path / "report.json").read_text())["presets"]
-    optima = {name: preset["optimum_log2_lr"].values() for name, preset in presets.items()}
-    moved = {name: max(values) - min(values) for name, values in optima.items()}
-    assert moved["sp"] >= 1, moved
-    assert moved["mup"] <= min(0.75, moved["sp"] / 2), moved
+    rows = read_rows(tmp_path / "rows.jsonl")
+    moved = [_octaves_moved([row for row in rows if row["seed"] == seed]) for seed in DEMO_SEEDS]
+    shown = [by["sp"] >= 1 and by["mup"] <= min(0.75, by["sp"] / 2) for by in moved]
+    print(moved)
+    assert sum(shown) >= 4, moved
+
+
+def _octaves_moved(rows):
+    """How far the optimum of each preset lies apart over the widths; infinite where one has none."""
+    moved = {}
+    for name, preset in analyse(rows)["presets"].items():
+        optima = list(preset["optimum_log2_lr"].values())
+        missing = float("-inf") if name == "sp" else float("inf")
+        moved[name] = missing if None in optima else max(optima) - min(optima)
+    return moved
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -1,8 +1,11 @@
 """The command `gdn`: train, sweep, report, coord-check, show-rules."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -50,7 +53,7 @@ class CoordCheckCommand:
     """Measure how activations, updates and gradients scale with width; exit code 1 when muP fails."""
 
     check: Annotated[CoordOptions, tyro.conf.arg(name="")]
-    model: ModelOptions = ModelOptions()
+    model: ModelOptions = ModelOptions(layers=2)
     optimizer: OptimizerOptions = OptimizerOptions()
     data: DataConfig = DataConfig(sequence_length=128, batch_size=4)
 
@@ -76,8 +79,7 @@ type Command = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line; exits with 2 on wrong input, 1 when a check fails."""
     try:
-        command = tyro.cli(Command, prog="gdn", args=arguments, description=__doc__)
-        code = _run(command)
+        code = _run(_parse(arguments))
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
@@ -85,6 +87,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    """The command; ValueError with one line where tyro would draw a box."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            return tyro.cli(Command, prog="gdn", args=arguments, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(drawn.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says, without its frame, the help of single options and the hint at --help."""
+    sections, rule = [[]], re.compile("─{8}")
+    for line in box.splitlines()[1:]:
+        if rule.search(line):
+            sections.append([])
+        elif not (text := line.strip("│ ").rstrip()) or line.startswith("│" + " " * 9):
+            continue
+        else:
+            sections[-1].append(text)
+    kept = [" ".join(lines) for lines in sections if lines]
+    kept = [text for text in kept if not text.startswith(("For full helptext", "Argument helptext"))]
+    return re.sub(r"Error parsing __tyro-dummy-inner__\.?", "", "; ".join(kept)) + " See gdn --help."
 
 
 def _run(command: Any) -> int:
@@ -105,6 +134,7 @@ def _run(command: Any) -> int:
             from train.sweep import run_sweep
 
             _keep_compilations()
+            _one_cpu_device_per_core()
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
@@ -135,9 +165,18 @@ def _report(directory: pathlib.Path, console: Any) -> int:
 
     report = write_report(directory)
     console.print(table(report))
-    console.print(report["verdict"])
     console.print(f"picture: {directory / 'transfer.png'}")
     return 0
+
+
+def _one_cpu_device_per_core() -> None:
+    """On a CPU every core trains points of its own: a quarter faster than all cores on one small point."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    import jax
+
+    # Beyond eight, memory for that many points at once is what a laptop lacks.
+    jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 8))
 
 
 def _keep_compilations() -> None:
@@ -148,6 +187,8 @@ def _keep_compilations() -> None:
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "gdn" / "jax"))
+    # With a bound on its size the cache is locked and written whole, so that a kill cannot leave half an entry.
+    jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -116,8 +117,11 @@ def verdict(report: Mapping[str, Any]) -> str:
 def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
     drift = preset["drift_octaves_per_doubling"]
     if drift is None:
-        reasons = [f"width {w}: {reason}" for w, reason in preset["reason"].items() if reason]
-        what = f"{name} has no drift to state ({'; '.join(reasons) or preset['drift_reason']})"
+        without = [w for w, reason in preset["reason"].items() if reason]
+        where = (
+            f"no optimum at width{'s' if len(without) > 1 else ''} {_listed(without)}" if without else None
+        )
+        what = f"{name} has no drift to state ({where or preset['drift_reason']})"
     else:
         interval = _bracket(preset["drift_interval"])
         moves = "transfers" if preset["transfers"] else "does not transfer"
@@ -141,16 +145,17 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
 def table(report: Mapping[str, Any]) -> Group:
     """The report for a terminal: optima per width, then drift and regret per preset, notes, verdict."""
     optima = Table(
-        title=f"Optimal learning rate, {report['optimizer']}, regime {report['regime']}", title_justify="left"
+        title=f"Optimal learning rate, {report['optimizer']}, regime {report['regime']}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     optima.add_column("preset")
     for heading in ("width", "LR*", "log2 LR*", "95 % interval", "loss there", "best run"):
         optima.add_column(heading, justify="right")
-    optima.add_column("remark", overflow="fold", ratio=1)
-    moves = Table(title="Transfer over width", title_justify="left")
-    for heading in ("preset", "drift (octaves / doubling)", "95 % interval", "regret (nats)", "transfers"):
+    moves = Table(title="Transfer over width", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("preset", "octaves / doubling", "95 % interval", "regret (nats)", "transfers"):
         moves.add_column(heading, justify="left" if heading == "preset" else "right")
-    moves.add_column("remark", overflow="fold", ratio=1)
+    remarks: list[str] = []
     for name, preset in report["presets"].items():
         for width, place in preset["optimum_log2_lr"].items():
             best, diverged = preset["best_run"][width], preset["diverged_log2_lr"][width]
@@ -165,8 +170,9 @@ def table(report: Mapping[str, Any]) -> Group:
                 _bracket(preset["interval"][width]) or "—",
                 "—" if place is None else f"{preset['minimum_nats'][width]:.4f}",
                 "—" if best is None else f"{best['loss_nats']:.4f} at {power_of_two(best['log2_lr'])}",
-                remark,
             )
+            if remark:
+                remarks.append(f"{name} at width {width}: {remark}")
         optima.add_section()
         drift, regret, error = (
             preset[key] for key in ("drift_octaves_per_doubling", "regret_nats", "regret_standard_error")
@@ -181,9 +187,11 @@ def table(report: Mapping[str, Any]) -> Group:
             if regret is None
             else f"{regret:.4f}" + (f" ± {error:.4f}" if error is not None else ""),
             {True: "yes", False: "no", None: "—"}[preset["transfers"]],
-            "; ".join(dict.fromkeys(filter(None, (preset["drift_reason"], preset["regret_reason"])))),
         )
-    notes = [Text(f"Note: {note}.") for note in report["notes"]]
+        reasons = dict.fromkeys(filter(None, (preset["drift_reason"], preset["regret_reason"])))
+        remarks += [f"{name}: {reason}" for reason in reasons]
+    notes = [Text(f"{remark}.") for remark in remarks]
+    notes += [Text(f"Note: {note}.") for note in report["notes"]]
     return Group(optima, moves, *notes, Text(report["verdict"]))
 
 

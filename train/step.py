@@ -7,7 +7,6 @@ axis; each then has its own parameters and all see the same batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -160,8 +159,8 @@ class Program:
 
     def loss_sum(self, params: Any, constants: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed cross-entropy of a batch in nats, and its number of tokens."""
-        logits = self.model(params, constants)(batch.tokens, batch.segment_ids)
-        return token_loss(logits, batch.targets, batch.loss_mask)
+        tokens, targets, segment_ids, mask = map(jnp.asarray, batch)
+        return token_loss(self.model(params, constants)(tokens, segment_ids), targets, mask)
 
     def step(self, state: TrainState, batch: Batch, hparams: HParams) -> tuple[TrainState, Metrics]:
         """One update."""
@@ -193,9 +192,10 @@ class Compiled(NamedTuple):
     With ``packed`` every state, seed and hparam has a leading axis of points; batches have not.
     """
 
-    init: Callable[[Any, HParams], TrainState]
-    step: Callable[[TrainState, Batch, HParams], tuple[TrainState, Metrics]]
-    evaluate: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
+    # Jitted (`lower` is there), or compiled ahead of time.
+    init: Any
+    step: Any
+    evaluate: Any
     packed: bool
     mesh: Mesh
 
@@ -226,4 +226,14 @@ def compile_program(program: Program, mesh: Mesh, *, packed: bool) -> Compiled:
         jax.jit(evaluate, in_shardings=(points, batch), out_shardings=points),
         packed,
         mesh,
+    )
+
+
+def ahead_of_time(compiled: Compiled, seeds: Any, hparams: HParams, batch: Batch) -> Compiled:
+    """The same functions, compiled now for arguments of these shapes; calling them compiles nothing."""
+    state = jax.eval_shape(compiled.init, seeds, hparams)
+    return compiled._replace(
+        init=compiled.init.lower(seeds, hparams).compile(),
+        step=compiled.step.lower(state, batch, hparams).compile(),
+        evaluate=compiled.evaluate.lower(state, batch).compile(),
     )

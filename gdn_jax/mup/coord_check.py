@@ -145,8 +145,9 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
     @jax.jit
     def init(seed: jax.Array, rules: mup.Rules, rate: jax.Array) -> tuple[Any, Any]:
         model = GDNLanguageModel(config, rngs=jax.random.key(seed), rules=rules)
-        # Sampling noise of few heads looks like a slope in width.
-        decay_log, bias = gate_quantiles(config.num_value_heads)
+        # The base's quantiles, repeated: sampling noise of few heads, or a finer grid, looks like a slope in width.
+        heads = (config.base or config).num_value_heads
+        decay_log, bias = (jnp.tile(x, config.num_value_heads // heads) for x in gate_quantiles(heads))
         shape = (config.num_layers, config.num_value_heads)
         model.layers.mixer.A_log[...] = jnp.broadcast_to(decay_log[None], shape)
         model.layers.mixer.dt_bias[...] = jnp.broadcast_to(bias[None], shape)

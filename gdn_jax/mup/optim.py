@@ -4,6 +4,7 @@ Every number may be traced (learning rate, decay, the rules themselves), so a ch
 inside a jitted step and one compiled program serves a whole sweep. The state does not depend on them.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ def _partitioned(
     unknown = sorted(groups - set(rules.groups))
     if unknown:
         raise ValueError(f"rules must cover every parameter group; missing {', '.join(unknown)}.")
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         group: optax.chain(
             core, _step_size(rules.groups[group], learning_rate, weight_decay, decay_mode, peak_learning_rate)
         )
@@ -127,7 +128,7 @@ def _step_size(
         return -effective_decay(rule, rate, weight_decay, fraction, decay_mode)
 
     if callable(learning_rate):
-        schedule = learning_rate
+        schedule: Any = learning_rate
         return optax.chain(
             optax.scale_by_schedule(lambda count: -schedule(count) * rule.lr_multiplier),
             optax.add_decayed_weights(lambda count: decay_at(schedule(count))),

@@ -1,0 +1,94 @@
+"""The command line as a user meets it: one clear line and exit code 2 for wrong input, before any compilation."""
+
+import contextlib
+import io
+import json
+
+import jax
+import pytest
+import tiny
+
+from train.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.write_corpus(folder)
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 50)
+    (folder / "file").write_text("")
+    ledger = folder / "ledger"
+    ledger.mkdir()
+    (ledger / "sweep.json").write_text(json.dumps({"steps": 3}))
+    return folder
+
+
+WRONG = [
+    ("sweep --out {0}/o --widths -64", "--widths must be positive; got -64."),
+    ("sweep --out {0}/o --widths 64 64", "--widths must not repeat"),
+    ("sweep --out {0}/o --widths 80 64", "Use a multiple of 32"),
+    ("sweep --out {0}/o --learning-rates 0", "--learning-rates must be positive and finite; got 0."),
+    (
+        "sweep --out {0}/o --learning-rates x",
+        "--learning-rates must be numbers, 2^-7 or 2^-9..2^-5; got 'x'.",
+    ),
+    ("sweep --out {0}/o --presets mupp", "invalid choice 'mupp' for argument '--presets'"),
+    ("sweep --out {0}/o --presets sp_embedding --model.tie-embedding", "use tie_embedding=False"),
+    ("sweep --out {0}/o --steps 0", "--steps must be positive; got 0."),
+    ("sweep --out {0}/o --seeds -1", "--seeds must be in [0, 2^31); got -1."),
+    ("sweep --out {0}/o --optimizer adam", "invalid choice 'adam'"),
+    (
+        "sweep --out {0}/o --optimizer.warmup-fraction 2",
+        "--optimizer.warmup-fraction must be between 0 and 1; got 2",
+    ),
+    ("sweep --out {0}/o --model.value-dim 24", "must be a multiple of --model.value-dim (24)"),
+    ("sweep --out {0}/o --model.value-heads 3 --model.key-heads 2", "Use 4 value heads"),
+    ("sweep --out {0}/o --data.corpus {0}/missing.txt", "missing.txt', which does not exist"),
+    ("sweep --out {0}/o --data.corpus {0}/empty.txt", "empty.txt"),
+    ("sweep --out {0}/o --data.corpus {0}/binary.txt", "binary.txt"),
+    ("sweep --out {0}/o --data.sequence-length 0", "sequence_length must be at least 2; got 0."),
+    ("sweep --out {0}/file/o", "--out must be a folder that can be written"),
+    ("sweep --out {0}/ledger", "was begun with another configuration"),
+    ("sweep", "--out PATH"),
+    ("sweep --out {0}/o --wdiths 64", "Unrecognized options: --wdiths 64"),
+    ("train --out {0}/o --width 0", "--width must be positive; got 0."),
+    ("train --out {0}/o --learning-rate -1", "--learning-rate must be positive and finite; got -1."),
+    ("train --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),
+    ("train --out {0}/o --data.sequence-length 0", "sequence_length must be at least 2; got 0."),
+    ("train --out {0}/o --preset standard", "invalid choice 'standard'"),
+    ("coord-check --out {0}/o --widths 64 128", "Use 64 128 256 512."),
+    ("coord-check --out {0}/o --seeds 0", "--seeds must be at least 3"),
+    ("report {0}/nowhere", "does not exist"),
+    ("show-rules --width 100", "Use a multiple of 32"),
+    ("", "Expected one of"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input(folder, line, message, monkeypatch):
+    def compiled(*_args, **_options):
+        raise AssertionError("wrong input must be refused before anything is traced")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+    words = line.format(folder).split()
+    if "--data.corpus" not in words and words and words[0] in ("sweep", "train"):
+        words += ["--data.corpus", str(folder / "corpus.txt")]
+    if words and words[0] in ("sweep", "train"):
+        words += ["--data.cache-dir", str(folder / "cache")]
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    text = printed.getvalue()
+    assert message in text
+    assert text.startswith("gdn: ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["", "train", "sweep", "report", "coord-check", "show-rules"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert "gdn" in capsys.readouterr().out
