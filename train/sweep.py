@@ -244,7 +244,8 @@ def identity(
 ) -> dict[str, Any]:
     """What all points of a ledger share; JSON-able."""
     read = dataclasses.asdict(data_config)
-    del read["cache_dir"]
+    # Where the text lies does not matter, what it says does: the fingerprint covers it.
+    del read["cache_dir"], read["corpus"]
     return {
         "model": dataclasses.asdict(model),
         "optimizer": dataclasses.asdict(optimizer),
