@@ -51,7 +51,7 @@ WRONG = [
     ("sweep --out {0}/file/o", "--out must be a folder that can be written"),
     ("sweep --out {0}/ledger", "was begun with another configuration"),
     ("sweep", "--out PATH"),
-    ("sweep --out {0}/o --wdiths 64", "Unrecognized options: --wdiths 64"),
+    ("sweep --out {0}/o --wdiths 64", "Perhaps you meant: --widths"),
     ("train --out {0}/o --width 0", "--width must be positive; got 0."),
     ("train --out {0}/o --learning-rate -1", "--learning-rate must be positive and finite; got -1."),
     ("train --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),

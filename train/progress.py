@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -36,7 +36,7 @@ class SweepBar(Progress):
         self._last_step_at: float | None = None
         self._last_line_at = time.perf_counter()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SweepBar":
         self._bar.start()
         return self
 
