@@ -7,6 +7,7 @@ import pytest
 from data_documents import jsonl_config
 
 from train.data import DataConfig, prepare, train_batch, train_loader, validation_batches
+from train.tokenizer import train_bpe
 
 
 @pytest.fixture
