@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gdn_jax import GDNConfig, GDNLanguageModel
-from gdn_jax.mup.coord_check import Tokens, measure
+from gdn_jax import GDNConfig, GDNLanguageModel, mup
+from gdn_jax.mup.coord_check import Tokens, _check_of, measure
 
 BASE = GDNConfig(
     width=16,
@@ -30,7 +30,16 @@ def _tokens(seed):
     return Tokens(draw[:, :-1], draw[:, 1:], np.ones((2, 24), np.int32), np.ones((2, 24), np.float32))
 
 
-def _measure(width, preset="mup", optimizer="adamw", rate=0.02):
+def _start(width):
+    """The parameters that a check of this width starts from."""
+    config = BASE.widen(width, "heads")
+    check = _check_of(config, "adamw", 0.98)
+    sizes = {"sizes": config.axis_sizes, "base_sizes": config.base_axis_sizes}
+    rules = mup.resolve_rules(check.specs, preset="mup", optimizer="adamw", **sizes)
+    return check.init(np.int32(0), rules, np.float32(0.02))[0]
+
+
+def _measure(width, preset="mup", optimizer="adamw", rate=0.02, at_steps=(0, 2)):
     return measure(
         BASE.widen(width, "heads"),
         preset=preset,
@@ -39,7 +48,7 @@ def _measure(width, preset="mup", optimizer="adamw", rate=0.02):
         seeds=[0],
         batches=[_tokens(1), _tokens(2)],
         probe=_tokens(3),
-        at_steps=(0, 2),
+        at_steps=at_steps,
     )
 
 
@@ -75,10 +84,14 @@ def test_absolute_sizes_at_init_are_those_of_the_model(rows):
 
 
 def test_gates_start_alike_at_every_width():
-    """The base's quantiles are repeated, so decay at initialisation differs by the noise of W_a x alone."""
-    sizes = [_size(_measure(width), "absolute", "log_decay", 0) for width in (16, 64)]
-    # Seen: 1.31, from W_a x of two heads and one seed. Random A in place of quantiles would scatter by factors.
-    assert sizes[1] / sizes[0] == pytest.approx(1.0, abs=0.35)
+    """The base's quantiles are repeated: sampled anew, few heads would look like a slope in width."""
+    starts = {width: _start(width)["layers"]["mixer"] for width in (16, 64)}
+    for name in ("A_log", "dt_bias"):
+        base, wide = starts[16][name], starts[64][name]
+        assert base.shape == (2, 2)
+        assert wide.shape == (2, 8)
+        np.testing.assert_array_equal(wide, jnp.tile(base, (1, 4)))
+    assert starts[16]["A_log"][0, 0] != starts[16]["A_log"][0, 1]
 
 
 def test_sp_changes_more_with_width_than_mup(rows):
@@ -92,16 +105,26 @@ def test_sp_changes_more_with_width_than_mup(rows):
         assert growth["sp"] > 1.6 * growth["mup"], (quantity, growth)
 
 
-def test_update_of_a_matrix_is_smaller_than_its_initial_effect(rows):
-    """For W_b: mean |dW x0| after two steps lies below mean |W x0|, taken from the public intermediates."""
-    model = GDNLanguageModel(BASE, rngs=jax.random.key(0))
-    probe = _tokens(3)
+def test_update_of_a_matrix_recomputed_by_hand():
+    """Adam's first step is rate * sign(gradient); mean |dW_b x0| follows from that and the public intermediates."""
+    rows = _measure(16, rate=0.02, at_steps=(0, 1))
+    config = BASE.widen(16, "heads")
+    graphdef, _, rest = nnx.split(GDNLanguageModel(config, rngs=jax.random.key(0)), nnx.Param, ...)
+    params = nnx.State(_start(16))
+    batch, probe = _tokens(1), _tokens(3)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest)(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)
+        return -picked.mean()
+
+    # A zero readout passes no gradient on, so only the readout moves in step one: its input is the final norm.
+    gradient = jax.grad(loss)(params)["readout"]
+    model = nnx.merge(graphdef, params, rest)
     _, seen = model.with_intermediates(jnp.asarray(probe.tokens), jnp.asarray(probe.segment_ids))
-    assert seen["mixer_input"].shape == (2, 2, 24, 16)
-    kernel = nnx.state(model)["layers"]["mixer"]["b"]["kernel"][...]
-    effect = jnp.abs(jnp.einsum("lbti,lio->lbto", seen["mixer_input"], kernel)).mean()
-    # W_b starts with sigma = 1/4; two Adam steps of at most 0.02 move it by less than that.
-    assert 0 < _size(rows[16], "update", "layers/mixer/b/kernel", 2) < float(effect)
+    effect = jnp.abs(seen["final_norm"] @ (0.02 * jnp.sign(gradient))).mean()
+    assert _size(rows, "update", "readout", 1) == pytest.approx(float(effect), rel=1e-4)
+    assert _size(rows, "update", "layers/mixer/b/kernel", 1) == 0.0
 
 
 def test_wrong_input():

@@ -77,9 +77,15 @@ type Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line; exits with 2 on wrong input, 1 when a check fails."""
+    """Runs a command line; exits with 2 on wrong input, 1 when a check fails.
+
+    Without ``arguments`` it runs those of the process, which then is ours to set up: jax has not started yet.
+    """
     try:
-        code = _run(_parse(arguments))
+        command = _parse(arguments)
+        if arguments is None and isinstance(command, SweepCommand):
+            _one_cpu_device_per_core()
+        code = _run(command)
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
@@ -134,7 +140,6 @@ def _run(command: Any) -> int:
             from train.sweep import run_sweep
 
             _keep_compilations()
-            _one_cpu_device_per_core()
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
