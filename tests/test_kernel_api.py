@@ -21,7 +21,7 @@ from kernels_pallas.gated_delta_rule.triangular import inverse_by_doubling, inve
 
 # By name: the op `gated_delta_rule` hides the folder of the same name as an attribute of the package.
 chunked = importlib.import_module("kernels_pallas.gated_delta_rule.chunked")
-api = importlib.import_module("kernels_pallas.gated_delta_rule.api")
+implementations = importlib.import_module("kernels_pallas.gated_delta_rule.implementations")
 
 SHAPE = (2, 40, 1, 2, 12, 20)
 gradients = jax.jit(functools.partial(forward_and_gradients, gated_delta_rule))
@@ -202,7 +202,7 @@ class TestChunks:
     def test_length_does_not_matter(self, monkeypatch, chunk, block):
         x = small(keys="correlated")
         wanted = gradients(x)
-        monkeypatch.setattr(api.tiling, "chunk_and_block", lambda *sizes: (chunk, block))
+        monkeypatch.setattr(implementations.tiling, "chunk_and_block", lambda *sizes: (chunk, block))
         actual = jax.jit(lambda x: forward_and_gradients(gated_delta_rule, x))(x)
         for name, value in wanted.items():
             assert_near(name, actual[name], value)
@@ -289,11 +289,9 @@ class TestRefusals:
             gated_delta_step(**x, state=state, active=jnp.ones(2, int))
 
     @pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
-    def test_not_built_yet(self, name):
+    def test_cannot_here(self, name):
         with pytest.raises(NotImplementedError, match=name):
             gated_delta_rule(**small(), implementation=name)
-        with pytest.raises(NotImplementedError, match="sequence_axis='sequence'"):
-            gated_delta_rule(**small(), sequence_axis="sequence")
 
 
 def test_padding_may_hold_anything():
@@ -306,7 +304,7 @@ def test_padding_may_hold_anything():
 
 
 def test_choice_is_logged_once(caplog):
-    api._log_choice.cache_clear()
+    implementations._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         for _ in range(2):
             # A new function each time: one that JAX has traced already is not called again.

@@ -1,0 +1,332 @@
+"""What the public ops run: norm, gates and documents around an implementation, its gradient, and the choice of one.
+
+Every implementation is a function (options, operands, valid, reset) → (o, final state) with gradients of its own.
+"""
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from kernels_pallas.gated_delta_rule import mosaic_tpu, tiling
+from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
+from kernels_pallas.gated_delta_rule.reference import reference, segment_masks
+from kernels_pallas.gated_delta_rule.sequence import last_id_before, split_run
+
+_LOG = logging.getLogger("kernels_pallas")
+
+# What the backward pass saves beside its inputs, for `jax.checkpoint_policies.save_only_these_names`.
+STATES = "gated_delta_rule_states"
+
+
+class Options(NamedTuple):
+    """What is fixed when the op is traced."""
+
+    from_gates: bool
+    beta_max: float
+    qk_norm_eps: float | None
+    inverse_precision: Any
+    # Of the output, unless it is among the operands.
+    scale: float | None
+
+
+class Operands(NamedTuple):
+    """What the op differentiates. `decay` and `write` are log α and β, or the raw a and b of the gates."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T G V"]
+    decay: Float[Array, "B T G"]
+    write: Float[Array, "B T G"]
+    a_log: Float[Array, " G"] | None
+    dt_bias: Float[Array, " G"] | None
+    scale: Float[Array, ""] | None
+    initial_state: Float[Array, "B G K V"] | None
+
+
+class _Core(NamedTuple):
+    """What every implementation takes: q and k normalised, q scaled, gates as log α and β, a state."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T G V"]
+    log_decay: Float[Array, "B T G"]
+    beta: Float[Array, "B T G"]
+    initial_state: Float[Array, "B G K V"]
+
+
+def compute_dtype(*arrays: Array) -> Any:
+    """float64 if any is, else float32."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+
+
+def _select(keep: Array | None, x: Array, otherwise: float = 0.0) -> Array:
+    """x where `keep` (B T), else `otherwise`; before anything is computed, so that a NaN has no gradient."""
+    if keep is None:
+        return x
+    return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, jnp.asarray(otherwise, x.dtype))
+
+
+def _l2_normalise(x: Array, eps: float | None) -> Array:
+    if eps is None:
+        return x
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _gate_values(
+    options: Options, x: Operands, decay: Array, write: Array, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    """log α and β. Padding becomes a token with β = 0 and log α = 0, a new document one with log α = `FORGET`."""
+    if options.from_gates:
+        assert x.a_log is not None
+        assert x.dt_bias is not None
+        rate, bias = (y.astype(decay.dtype)[None, None, :] for y in (x.a_log, x.dt_bias))
+        log_decay = -jnp.exp(rate) * jax.nn.softplus(decay + bias)
+        beta = options.beta_max * jax.nn.sigmoid(write)
+    else:
+        log_decay, beta = decay, write
+    log_decay, beta = _select(valid, log_decay), _select(valid, beta)
+    if reset is not None:
+        log_decay = _select(~reset, log_decay, FORGET)
+    return log_decay, beta
+
+
+def core_of(options: Options, operands: Operands, valid: Array | None, reset: Array | None) -> _Core:
+    """Norm, gates, scale and documents, differentiated by JAX: the implementations know nothing of them."""
+    x = operands
+    dtype = compute_dtype(x.q, x.k, x.v)
+    q, k, decay, write = (_select(valid, y).astype(dtype) for y in (x.q, x.k, x.decay, x.write))
+    log_decay, beta = _gate_values(options, x, decay, write, valid, reset)
+    batch, _, value_heads, value_dim = x.v.shape
+    state_shape = (batch, value_heads, x.k.shape[-1], value_dim)
+    state = jnp.zeros(state_shape, dtype) if x.initial_state is None else x.initial_state.astype(dtype)
+    core = _Core(
+        q=_l2_normalise(q, options.qk_norm_eps)
+        * jnp.asarray(options.scale if x.scale is None else x.scale, dtype),
+        k=_l2_normalise(k, options.qk_norm_eps),
+        v=_select(valid, x.v),
+        log_decay=log_decay,
+        beta=beta,
+        initial_state=state,
+    )
+    # Inside shard_map each array gets the varying axes of all: a scan's carry must have them from the start.
+    zero = functools.reduce(jnp.add, (jnp.zeros_like(y, dtype=dtype, shape=()) for y in core))
+    return jax.tree.map(lambda y: y + zero.astype(y.dtype), core)
+
+
+def _sizes(options: Options, core: _Core) -> Sizes:
+    low_precision = core.v.dtype == jnp.bfloat16
+    # HIGH is TF32 on a GPU and three bf16 passes on a TPU: one pass loses the gate gradients, which cancel.
+    precision = jax.lax.Precision.HIGH if low_precision else jax.lax.Precision.HIGHEST
+    chosen = options.inverse_precision
+    batch, length, value_heads, value_dim = core.v.shape
+    # Only speed hangs on the platform: what is compiled for another one than the default is as correct.
+    chunk, block = tiling.chunk_and_block(
+        batch, length, value_heads, max(core.k.shape[-1], value_dim), jax.default_backend()
+    )
+    return Sizes(chunk, block, precision, jax.lax.Precision.HIGHEST if chosen is None else chosen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    return _chunked_fwd(options, operands, valid, reset)[0]
+
+
+def _chunked_fwd(options: Options, operands: Operands, valid: Array | None, reset: Array | None):
+    core = core_of(options, operands, valid, reset)
+    o, final_state, states = chunked_forward(*core, _sizes(options, core))
+    if core.v.dtype == jnp.bfloat16:
+        states = states.astype(jnp.bfloat16)
+    return (o.astype(core.v.dtype), final_state), (operands, valid, reset, checkpoint_name(states, STATES))
+
+
+def _chunked_bwd(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
+    operands, valid, reset, states = residuals
+    # Recomputed rather than saved: only the operands as they came and the chunk states live in between.
+    core, core_vjp = jax.vjp(lambda x: core_of(options, x, valid, reset), operands)
+    do, dfinal_state = cotangents
+    gradients = chunked_backward(*core[:-1], states, do, dfinal_state, _sizes(options, core))
+    matched = jax.tree.map(lambda g, y: g.astype(y.dtype), _Core(*gradients), core)
+    return (*core_vjp(matched), None, None)
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+class _KernelCore(NamedTuple):
+    """What the kernels take: q, k and v as they came, gates as float32 log α and β."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T G V"]
+    log_decay: Float[Array, "B T G"]
+    beta: Float[Array, "B T G"]
+    initial_state: Float[Array, "B G K V"] | None
+
+
+def _kernel_core(options: Options, x: Operands, valid: Array | None, reset: Array | None) -> _KernelCore:
+    decay, write = (_select(valid, y).astype(jnp.float32) for y in (x.decay, x.write))
+    log_decay, beta = _gate_values(options, x, decay, write, valid, reset)
+    state = None if x.initial_state is None else x.initial_state.astype(jnp.float32)
+    core = _KernelCore(x.q, x.k, x.v, log_decay, beta, state)
+    # Inside shard_map every array must vary over the mesh axes that any of them varies over.
+    varying = frozenset().union(*(jax.typeof(y).manual_axis_type.varying for y in jax.tree.leaves(core)))
+
+    def vary(y: Array) -> Array:
+        missing = tuple(varying - jax.typeof(y).manual_axis_type.varying)
+        return jax.lax.pcast(y, missing, to="varying") if missing else y
+
+    return jax.tree.map(vary, core)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tpu_kernels(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    core = _kernel_core(options, operands, valid, reset)
+    plan = _tpu_plan(options, core, valid)
+    o, final_state, _ = mosaic_tpu.forward(plan, *core[:-1], valid, core.initial_state, save_states=False)
+    return o, final_state
+
+
+def _tpu_plan(options: Options, core: _KernelCore, valid: Array | None) -> mosaic_tpu.Plan:
+    assert options.scale is not None
+    return mosaic_tpu.make_plan(
+        core.q,
+        core.v,
+        scale=options.scale,
+        qk_norm_eps=options.qk_norm_eps,
+        inverse_precision=options.inverse_precision,
+        padded=valid is not None,
+    )
+
+
+def _tpu_kernels_fwd(options: Options, operands: Operands, valid: Array | None, reset: Array | None):
+    core = _kernel_core(options, operands, valid, reset)
+    plan = _tpu_plan(options, core, valid)
+    o, final_state, states = mosaic_tpu.forward(plan, *core[:-1], valid, core.initial_state, save_states=True)
+    return (o, final_state), (operands, valid, reset, checkpoint_name(states, STATES))
+
+
+def _tpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
+    operands, valid, reset, states = residuals
+    core, core_vjp = jax.vjp(lambda x: _kernel_core(options, x, valid, reset), operands)
+    do, dfinal_state = cotangents
+    gradients = mosaic_tpu.backward(
+        _tpu_plan(options, core, valid),
+        *core[:-1],
+        valid,
+        states,
+        do,
+        dfinal_state,
+        has_state=core.initial_state is not None,
+    )
+    return (*core_vjp(_KernelCore(*gradients)), None, None)
+
+
+_tpu_kernels.defvjp(_tpu_kernels_fwd, _tpu_kernels_bwd)
+
+
+def _reference(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    # Without `reset`: the definition forgets by selection, not through a decay of zero.
+    core = core_of(options, operands, valid, None)
+    o, final_state = reference(*core, valid, reset)
+    return o.astype(core.v.dtype), final_state
+
+
+def _mosaic_tpu(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    """The TPU kernels, whose scale is known when they are traced and whose values have at most 256 columns."""
+    scale, state = operands.scale, operands.initial_state
+    if scale is not None:
+        o, final_state = _mosaic_tpu(options._replace(scale=1.0), operands._replace(scale=None), valid, reset)
+        return (o * scale).astype(o.dtype), final_state
+    columns, most = operands.v.shape[-1], mosaic_tpu.MAX_DIM
+    parts = [
+        _tpu_kernels(
+            options,
+            operands._replace(
+                v=operands.v[..., start : start + most],
+                initial_state=None if state is None else state[..., start : start + most],
+            ),
+            valid,
+            reset,
+        )
+        for start in range(0, columns, most)
+    ]
+    o, final_state = (jnp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    return o, final_state
+
+
+_IMPLEMENTATIONS = {"chunked": _chunked, "reference": _reference, "mosaic_tpu": _mosaic_tpu}
+_LATER = ("mosaic_gpu",)
+
+
+@functools.cache
+def _log_choice(chosen: str, why: str) -> None:
+    _LOG.info("gated_delta_rule: implementation=None takes %r: %s", chosen, why)
+
+
+def choose(implementation: str | None, operands: Operands) -> str:
+    """The name of the implementation that runs: the one asked for, or the best that can.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: the one asked for cannot.
+    """
+    if implementation in _LATER:
+        raise NotImplementedError(
+            f"implementation={implementation!r} is not built yet. Use None, 'chunked' or 'reference'."
+        )
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}; got {implementation!r}. "
+            "Use None for the best one that can."
+        )
+    if implementation not in (None, "mosaic_tpu"):
+        return implementation
+    platform = mosaic_tpu.target_platform()
+    here = platform == "tpu" or (implementation is not None and mosaic_tpu.interpreted())
+    why_not = mosaic_tpu.refusal(operands.q, operands.k, operands.v) if here else None
+    if implementation == "mosaic_tpu":
+        if not here:
+            raise NotImplementedError(
+                f"implementation='mosaic_tpu' runs on TPUs; this is a {platform}. Use None, or interpret it with "
+                "jax.experimental.pallas.tpu.force_tpu_interpret_mode()."
+            )
+        if why_not:
+            raise NotImplementedError(f"implementation='mosaic_tpu': {why_not}. Use None or 'chunked'.")
+        return implementation
+    if here and not why_not:
+        _log_choice("mosaic_tpu", "this is a TPU")
+        return "mosaic_tpu"
+    _log_choice("chunked", why_not or "the fastest form that runs on every platform")
+    return "chunked"
+
+
+def run(
+    options: Options,
+    operands: Operands,
+    segment_ids: Array | None,
+    return_final_state: bool,
+    sequence_axis: str | None,
+    implementation: str | None,
+) -> tuple[Array, Array | None]:
+    """What `gated_delta_rule` returns, of operands that were checked."""
+    implement = functools.partial(_IMPLEMENTATIONS[choose(implementation, operands)], options)
+    before = None
+    if sequence_axis is not None:
+        implement = split_run(implement, sequence_axis, return_final_state)
+        before = None if segment_ids is None else last_id_before(segment_ids, sequence_axis)
+    masks = (None, None) if segment_ids is None else segment_masks(segment_ids, before)
+    o, final_state = implement(operands, *masks)
+    return o, final_state if return_final_state else None
