@@ -129,6 +129,8 @@ def compiler_environment(dump_folder: str | os.PathLike[str]) -> dict[str, str]:
     return {
         **os.environ,
         "TPU_LIBRARY_PATH": str(library.resolve()),
+        # The same code as here, wherever the process runs.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_CHECKOUT), os.environ.get("PYTHONPATH")])),
         # Flags that the user set stay; of two equal ones the last counts.
         "LIBTPU_INIT_ARGS": " ".join(
             [os.environ.get("LIBTPU_INIT_ARGS", ""), *(f"--{name}={value}" for name, value in flags.items())]
