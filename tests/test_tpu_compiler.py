@@ -112,12 +112,20 @@ ENTRY %main (x: f32[4,8], y: bf16[4,8]) -> f32[8,4] {
   %small = bf16[4,8]{0,1} copy(%y)
   %view = f32[8,4]{1,0} bitcast(%x)
   %ahead = (f32[4,8]{1,0:S(1)}, f32[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
-  %toy.1 = f32[8,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %toy.1 = f32[8,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={VMEM}
+  %joined = f32[8,4]{1,0} custom-call(%toy.1), custom_call_target="ConcatBitcast"
   %all = (s32[], f32[8,4]{1,0}) tuple(%start, %f.1)
   %w = (s32[], f32[8,4]{1,0}) while(%all), condition=%below, body=%body
   ROOT %o = f32[8,4]{1,0} get-tuple-element(%w), index=1
 }
 """
+
+
+VMEM = (
+    '{"scoped_memory_configs":[],"used_scoped_memory_configs":'
+    '[{"memory_space":"1","offset":"0","size":"65536"},{"memory_space":"0","offset":"0","size":"4"}]}'
+)
+PROGRAM = PROGRAM.replace("{VMEM}", VMEM)
 
 
 def runs(text, core=0):
@@ -213,14 +221,14 @@ def test_moved_bytes_lists_what_only_moves():
 def test_calls_of_launches():
     calls = hlo_text.count_calls(PROGRAM)
     assert calls.counts.keys() >= {"f.1", "f.2", "f.3", "small", "toy.1", "copy.2"}
-    assert not calls.counts.keys() & {"x", "view", "ahead", "w", "o"}
+    assert not calls.counts.keys() & {"x", "view", "ahead", "w", "o", "joined"}
     # From 2 to below 7.
     assert calls.counts["copy.2"] == 5
     assert calls.counts["f.1"] == 1
     assert calls.fingerprints["f.1"] == calls.fingerprints["f.3"] != calls.fingerprints["f.2"]
     assert calls.unknown_loops == []
     assert hlo_text.count_calls(PROGRAM.replace("direction=LT", "direction=NE")).unknown_loops == ["w"]
-    assert hlo_text.kernel_names(PROGRAM) == {"toy.1"}
+    assert hlo_text.kernel_vmem(PROGRAM) == {"toy.1": 65536}
 
 
 def last_words(arguments, capsys):
@@ -278,7 +286,8 @@ def test_a_rolled_loop_counts_as_its_unrolled_form(v6e):
     # Two buffers for each window of bfloat16, a float32 accumulator.
     window = 2 * 2 * toy.SIZE * toy.SIZE
     expected = {"input windows": 2 * window, "output windows": window, "scratch operand": window}
-    assert rolled["vmem"][0].items() >= expected.items()
+    assert rolled["vmem"] == [expected]
+    assert sum(expected.values()) <= rolled["vmem_bytes"][0] < 2 * sum(expected.values())
 
 
 def test_a_copy_before_the_kernel_is_seen(v6e):
@@ -295,6 +304,7 @@ def test_the_backward_pass_is_alone(v6e):
 def test_two_cores_of_a_chip_do_the_work_once(libtpu, tmp_path):
     rolled = tpu_compiler.run_worker([toy.__file__, "v5p", "rolled"], tmp_path)["rolled"]
     assert rolled["cores"] == [2]
+    assert rolled["busiest_core"] == [rolled["bundles"][0] // 2]
     assert rolled["tanh"] == [STEPS * toy.TURNS * toy.REGISTERS]
 
 

@@ -346,17 +346,16 @@ def parse_slots(text: str) -> Slots:
 
 
 def vmem_bytes(allocations: str) -> dict[str, int]:
-    """VMEM that a launch allocates, bytes by purpose, from its `…-registers-and-allocations.txt`.
+    """VMEM that a kernel asks for, bytes by purpose, from its `…-registers-and-allocations.txt`.
 
-    Windows of the operands (both buffers), scratch and spills, as if all lived at once; operands that XLA
-    itself keeps in VMEM are not among them.
+    Windows of the operands (both buffers) and scratch. Spills are not there yet; operands that XLA itself
+    keeps in VMEM have no window; the compiler's internal scratch is the same for every kernel.
     """
     found: dict[str, int] = {}
     for size, tag in _VMEM.findall(allocations):
-        purpose = re.sub(r" (for operator )?(in|out)put \d+$| for .*", "", tag).replace(
-            "window allocation", "windows"
-        )
+        purpose = re.sub(r" (for operator )?(in|out)put \d+$| for .*", "", tag)
+        purpose = purpose.replace("window allocation", "windows")
         # All ones where the size is not known.
-        if int(size, 16) < 1 << 63:
+        if purpose != "internal scratch" and int(size, 16) < 1 << 63:
             found[purpose] = found.get(purpose, 0) + int(size, 16)
     return found

@@ -67,7 +67,6 @@ def _as_json(profile: tpu_compiler.Profile, token_heads: int) -> dict[str, Any]:
             **launch._asdict(),
             "bundles_per_token_head": launch.bundles * launch.calls / token_heads,
             "utilization_percent": {slot: launch.utilization(slot) for slot in launch.filled},
-            "vmem_bytes": sum(launch.vmem.values()),
         }
         for launch in profile.launches
     ]
@@ -107,17 +106,19 @@ def _table(result: dict[str, Any], most: int) -> str:
         line = f"  {name[:33]:34}{launch['calls']:>6}{launch['bundles_per_token_head']:>9.3f}"
         line += f"{launch['static_bundles']:>8}"
         line += "".join(f"{launch['utilization_percent'][slot]:>6.1f}" for slot in slots)
-        # XLA's launches name operands in HBM as well, so only a kernel's own allocations are told.
         vmem = f"{launch['vmem_bytes'] / _MIB:.2f}" if launch["kind"] == "kernel" else "-"
         lines.append(line + f"{spills:>9}{vmem:>10}")
     if len(others) > most:
         rest = sum(x["bundles_per_token_head"] for x in others[most:])
         lines.append(f"  {f'xla: {len(others) - most} more':34}{'':>6}{rest:>9.3f}")
     for launch in kernels:
-        parts = ", ".join(f"{what} {size / 1024:.0f}" for what, size in launch["vmem"].items())
-        lines.append(
-            f"  {launch['name']}: VMEM KiB: {parts or 'none'}; cores sharing the grid: {launch['cores']}"
-        )
+        told = launch["vmem"] | {"spills": launch["vmem_bytes"] - sum(launch["vmem"].values())}
+        line = ", ".join(f"{what} {size / 1024:.0f}" for what, size in told.items())
+        line = f"  {launch['name']}: VMEM KiB: {line}"
+        if launch["cores"] > 1:
+            share = 100 * launch["busiest_core"] / max(1, launch["bundles"])
+            line += f"; {launch['cores']} cores, the busiest runs {share:.0f} %"
+        lines.append(line)
     for launch in launches:
         lines += [f"  {launch['name']}: {text}" for text in launch["assumptions"]]
     for moved in result["moved"]:

@@ -10,11 +10,23 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.<>-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
+_SCOPED_VMEM = re.compile(r'\{"memory_space":"1","offset":"\d+","size":"(\d+)"\}')
+
 _MOVES = frozenset({"copy", "transpose", "reshape", "pad", "concatenate", "slice"})
 _SCALAR_BYTES = 8
-# What runs no code of its own; asynchronous copies are DMAs.
+# What runs no code of its own; asynchronous copies are DMAs, and XLA's own custom calls join their results.
 _NO_LAUNCH = frozenset(
-    {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "call", "conditional"}
+    {
+        "parameter",
+        "constant",
+        "bitcast",
+        "tuple",
+        "get-tuple-element",
+        "while",
+        "call",
+        "conditional",
+        "custom-call",
+    }
 )
 # What a fusion may hold besides and still compute nothing.
 _INERT = frozenset({"parameter", "constant", "bitcast", "tuple", "get-tuple-element"})
@@ -80,6 +92,10 @@ def _computations(compiled_text: str) -> tuple[str, dict[str, list[Instruction]]
     if not entry:
         raise ValueError("compiled_text must be the text of a compiled program; it has no ENTRY computation.")
     return entry, computations
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and 'target="tpu_custom_call"' in instruction.rest
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -175,7 +191,7 @@ def count_calls(compiled_text: str) -> Calls:
     launched = [
         (x, calls)
         for x, calls in executed
-        if x.opcode not in _NO_LAUNCH and not x.opcode.endswith(("-start", "-done"))
+        if _is_kernel(x) or (x.opcode not in _NO_LAUNCH and not x.opcode.endswith(("-start", "-done")))
     ]
     return Calls(
         counts={x.name: calls for x, calls in launched},
@@ -185,10 +201,17 @@ def count_calls(compiled_text: str) -> Calls:
     )
 
 
-def kernel_names(compiled_text: str) -> set[str]:
-    """Names of the instructions that are Pallas TPU kernels."""
+def kernel_vmem(compiled_text: str) -> dict[str, int]:
+    """The Pallas TPU kernels of a program by name, and the VMEM bytes that the compiler gave each.
+
+    Windows, scratch and spills; not operands that XLA itself keeps in VMEM.
+    """
     executed, _, _ = _executed(compiled_text)
-    return {x.name for x, _ in executed if x.opcode == "custom-call" and 'target="tpu_custom_call"' in x.rest}
+    return {
+        x.name: sum(map(int, _SCOPED_VMEM.findall(x.rest.partition('"used_scoped_memory_configs"')[2])))
+        for x, _ in executed
+        if _is_kernel(x)
+    }
 
 
 def moved_bytes(compiled_text: str, at_least: int) -> list[Moved]:

@@ -52,8 +52,11 @@ class Launch(NamedTuple):
     # Slot name: how many slots of this kind are filled, and how many a bundle has.
     filled: dict[str, int]
     capacity: dict[str, int]
-    # Purpose: bytes, as if all lived at once.
+    # Of a kernel: all VMEM that the compiler gave it, and bytes by purpose; what these leave are spills.
+    vmem_bytes: int
     vmem: dict[str, int]
+    # Bundles of the core that runs most of them: the share of one of two cores is half at best.
+    busiest_core: int
     # Cores of one chip that share the grid.
     cores: int
     assumptions: list[str]
@@ -156,7 +159,7 @@ def run_worker(arguments: Sequence[str], dump_folder: str | os.PathLike[str]) ->
 
     Raises:
         FileNotFoundError: there is no libtpu on this machine.
-        RuntimeError: the process failed; the message holds its own last line.
+        RuntimeError: the process failed; what it wrote to stderr is written to ours.
     """
     command = [sys.executable, *arguments]
     done = subprocess.run(
@@ -164,8 +167,9 @@ def run_worker(arguments: Sequence[str], dump_folder: str | os.PathLike[str]) ->
     )
     if done.returncode:
         sys.stderr.write(done.stderr)
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RuntimeError(f"the TPU compiler's process ended with status {done.returncode}: {last}")
+        raise RuntimeError(
+            f"the TPU compiler's process ended with status {done.returncode}; it says why above."
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -216,7 +220,8 @@ def dump_folder() -> pathlib.Path:
     return pathlib.Path(found[-1])
 
 
-def _launch(name: str, kind: str, calls: int, texts: dict[str, str], cores: int) -> Launch:
+def _launch(name: str, vmem: int | None, calls: int, texts: dict[str, str], cores: int) -> Launch:
+    """`vmem`: bytes of a kernel, None for what XLA made."""
     allocations = texts["pre-finalize-registers-and-allocations"]
     slots = bundle_dumps.parse_slots(texts["final_hlo-static-per-bundle-utilization"])
     program = bundle_dumps.parse_program(texts["final_bundles"], allocations)
@@ -228,13 +233,16 @@ def _launch(name: str, kind: str, calls: int, texts: dict[str, str], cores: int)
     filled = counts @ np.array(slots.rows)
     return Launch(
         name=name,
-        kind=kind,
+        kind="xla" if vmem is None else "kernel",
         calls=calls,
         bundles=int(counts.sum()),
         static_bundles=len(counts),
         filled=dict(zip(slots.names, map(int, filled), strict=True)),
         capacity=dict(zip(slots.names, slots.capacity, strict=True)),
-        vmem=bundle_dumps.vmem_bytes(allocations),
+        vmem_bytes=vmem or 0,
+        # XLA's launches name operands that lie in HBM as well.
+        vmem={} if vmem is None else bundle_dumps.vmem_bytes(allocations),
+        busiest_core=max(sum(run.counts) for run in runs),
         cores=cores,
         assumptions=sorted({text for run in runs for text in run.assumptions}),
     )
@@ -258,7 +266,7 @@ def profile(device: Any, function: Callable[..., Any], *arguments: Any, moved_at
         old.unlink()
     compiled = compile_for(device, function, *arguments)
     text = compiled.as_text()
-    calls, kernels = hlo_text.count_calls(text), hlo_text.kernel_names(text)
+    calls, kernels = hlo_text.count_calls(text), hlo_text.kernel_vmem(text)
     dumps: dict[str, dict[str, str]] = {}
     for path in sorted(folder.iterdir()):
         named = _DUMP.match(path.name)
@@ -277,10 +285,7 @@ def profile(device: Any, function: Callable[..., Any], *arguments: Any, moved_at
         elif name not in calls.scalars:
             warnings.append(f"{name} is left out: the compiler did not dump it")
     cores = getattr(device, "num_cores", None) or 1
-    launches = [
-        _launch(name, "kernel" if name in kernels else "xla", runs[name], texts, cores)
-        for name, texts in dumps.items()
-    ]
+    launches = [_launch(name, kernels.get(name), runs[name], texts, cores) for name, texts in dumps.items()]
     launches.sort(key=lambda x: (x.kind, -x.bundles * x.calls))
     return Profile(
         launches,
