@@ -1,5 +1,5 @@
 # Every target works on a machine that has only Python 3.12 or newer and can reach a package index.
-# What is installed lies in .venv (and .venv-jax-*); removing these folders undoes it all.
+# What is installed lies in .venv, .venv-jax-* and .libtpu; removing these folders undoes it all.
 
 # Arguments of the demo's sweep; its results go to ./demo.
 DEMO = --out demo --widths 64 128 256 --presets mup sp --steps 100 \
@@ -20,7 +20,13 @@ OLD_VENV = .venv-jax-$(OLD_JAX)
 # The lock makes the compilation cache safe for several test processes; the bound (4 GB) switches the lock on.
 PYTEST = JAX_COMPILATION_CACHE_MAX_SIZE=4000000000 .venv/bin/python -m pytest
 
-.PHONY: help install demo test slow lint check-pins test-old-jax
+# libtpu, the TPU compiler, exists for this platform only; where it does, its tests must run.
+ifeq ($(shell uname -s -m),Linux x86_64)
+TPU_COMPILER = .libtpu/installed
+PYTEST := GDN_REQUIRE_TPU_COMPILER=1 $(PYTEST)
+endif
+
+.PHONY: help install demo test slow lint check-pins test-old-jax tpu-compiler
 
 help:
 	@echo "make install       Python environment in .venv"
@@ -29,6 +35,7 @@ help:
 	@echo "make slow          the tests that take minutes each, the whole demo among them"
 	@echo "make lint          formatting, lint and types"
 	@echo "make test-old-jax  the kernel tests with jax $(OLD_JAX), in an environment of their own"
+	@echo "make tpu-compiler  the TPU compiler in .libtpu, which needs no TPU (Linux on x86-64 only)"
 	@echo "make check-pins    .venv holds exactly the versions of constraints.txt"
 
 install: .venv/installed
@@ -37,7 +44,7 @@ install: .venv/installed
 demo: install
 	@.venv/bin/gdn sweep $(DEMO)
 
-test: install
+test: install tpu-compiler
 	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal
 
 slow: install
@@ -48,6 +55,9 @@ lint: install
 	@.venv/bin/ruff format --check .
 	@.venv/bin/basedpyright
 
+tpu-compiler: $(TPU_COMPILER)
+	@$(if $(TPU_COMPILER),:,echo "the TPU compiler exists for Linux on x86-64 only: its tests will be skipped")
+
 check-pins: install
 	@frozen=$$(.venv/bin/python -m pip freeze --exclude-editable) && test -n "$$frozen" && \
 	if echo "$$frozen" | grep -vxFf constraints.txt; then \
@@ -56,6 +66,14 @@ check-pins: install
 
 test-old-jax: $(OLD_VENV)/installed
 	@$(OLD_VENV)/bin/python -m pytest tests/test_kernel_*.py
+
+# Not into .venv: there every command of jax would look for a TPU to start.
+.libtpu/installed: constraints.txt | .venv/installed
+	@echo "installing the TPU compiler into .libtpu: 640 MB, a minute"
+	@rm -rf .libtpu
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .libtpu \
+	  -c constraints.txt libtpu
+	@touch $@
 
 # A suitable Python makes an environment with pip; others say nothing and fail.
 SUITABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null

@@ -20,6 +20,9 @@ SHAPES = {
     # Small models on a CPU, as `gdn sweep` runs them for its demonstration.
     "demo": Shape(8, 256, 4, 4, 16, 16),
     "demo_wide": Shape(8, 128, 8, 8, 32, 32),
+    # For the TPU profiler, which counts instructions: a longer T only repeats them, but in a shorter one XLA
+    # keeps the operands in VMEM.
+    "tpu_profile": Shape(1, 16384, 8, 8, 128, 128),
     # GPU and TPU.
     "train_4k": Shape(4, 4096, 16, 16, 128, 128),
     "long_16k": Shape(1, 16384, 16, 16, 128, 128),
