@@ -21,6 +21,7 @@ from kernels_pallas.gated_delta_rule.checks import (
 )
 from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
 from kernels_pallas.gated_delta_rule.reference import delta_step, reference, segment_masks
+from kernels_pallas.gated_delta_rule.sequence import last_id_before, split_run
 
 _LOG = logging.getLogger("kernels_pallas")
 
@@ -194,13 +195,13 @@ def _run(
     sequence_axis: str | None,
     implementation: str | None,
 ) -> tuple[Array, Array | None]:
+    run = functools.partial(_IMPLEMENTATIONS[_choose(implementation)], options)
+    before = None
     if sequence_axis is not None:
-        raise NotImplementedError(
-            f"sequence_axis={sequence_axis!r}: a sequence split over devices is not built yet. Use None and "
-            "shard batch or heads."
-        )
-    masks = (None, None) if segment_ids is None else segment_masks(segment_ids)
-    o, final_state = _IMPLEMENTATIONS[_choose(implementation)](options, operands, *masks)
+        run = split_run(run, sequence_axis, return_final_state)
+        before = None if segment_ids is None else last_id_before(segment_ids, sequence_axis)
+    masks = (None, None) if segment_ids is None else segment_masks(segment_ids, before)
+    o, final_state = run(operands, *masks)
     return o, final_state if return_final_state else None
 
 
@@ -226,9 +227,9 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"] | None]:
     """The gated delta rule, S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, o_t = scale · S_tᵀ q_t.
 
-    Composes with jit, grad, vmap, jax.checkpoint and, over batch and heads, shard_map. Computes in float32
-    (float64 if q, k or v is); the gradient saves its inputs and one state per chunk (bfloat16 where v is) and
-    recomputes the rest.
+    Composes with jit, grad, vmap, jax.checkpoint and shard_map: over batch and heads as it is, over time by
+    `sequence_axis`. Computes in float32 (float64 if q, k or v is); the gradient saves its inputs and one state
+    per chunk (bfloat16 where v is) and recomputes the rest.
 
     Args:
         q: queries. G must be a multiple of H; key head h serves the value heads h·G/H … (h+1)·G/H − 1.
@@ -243,7 +244,8 @@ def gated_delta_rule(
         scale: of the output; None is K^−½. A float or a (traced) scalar.
         qk_norm_eps: if set, q and k are L2-normalised inside: x / sqrt(Σ x² + eps).
         return_final_state: also return the state after the last valid token.
-        sequence_axis: not built yet.
+        sequence_axis: a mesh axis that is manual in the `shard_map` around: each device holds an equal part of T,
+            in the order of the axis. `initial_state` and the final state are then the same on every device.
         inverse_precision: matmul precision of the triangular inverse; None is full float32.
         implementation: "chunked", "reference", or None for the best that can.
 
@@ -302,7 +304,7 @@ def gated_delta_rule_from_gates(
         scale: of the output.
         qk_norm_eps: L2 norm inside.
         return_final_state: also return the final state.
-        sequence_axis: not built yet.
+        sequence_axis: mesh axis that T is split over.
         inverse_precision: matmul precision of the triangular inverse.
         implementation: "chunked", "reference" or None.
 

@@ -77,13 +77,21 @@ def reference(
     return jnp.moveaxis(o_TBGV, 0, 1), final_state
 
 
-def segment_masks(segment_ids: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+def segment_masks(
+    segment_ids: Int[Array, "B T"], id_before: Int[Array, " B"] | None = None
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """(valid, reset): id 0 is padding; a valid token resets when its id is not the last valid one's.
 
-    The first valid token never resets: the initial state belongs to its document.
+    The first valid token of all never resets: the initial state belongs to its document.
+
+    Args:
+        segment_ids: the document of each token.
+        id_before: the last valid id before these tokens, 0 where there is none; None: these are the first.
     """
     valid = segment_ids != 0
     # before[t] = the last id ≠ 0 among tokens 0 … t−1, else 0.
     latest = jax.lax.associative_scan(lambda a, b: jnp.where(b != 0, b, a), segment_ids, axis=1)
     before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)))
+    if id_before is not None:
+        before = jnp.where(before != 0, before, id_before[:, None])
     return valid, valid & (before != 0) & (before != segment_ids)
