@@ -292,8 +292,6 @@ class TestRefusals:
     def test_not_built_yet(self, name):
         with pytest.raises(NotImplementedError, match=name):
             gated_delta_rule(**small(), implementation=name)
-        with pytest.raises(NotImplementedError, match="sequence_axis='sequence'"):
-            gated_delta_rule(**small(), sequence_axis="sequence")
 
 
 def test_padding_may_hold_anything():
