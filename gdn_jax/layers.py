@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from gdn_jax.array_types import Tap, no_tap
 from gdn_jax.config import GDNConfig
@@ -147,6 +147,33 @@ class ShortConv(nnx.Module):
                 shifted = jnp.where(same[..., None, None], shifted, jnp.zeros((), x.dtype))
             total = total + shifted * kernel[None, None, j]
         return jax.nn.silu(total)
+
+
+def left_halo(x: Shaped[Array, "B T ..."], taps: int, axis: str) -> Shaped[Array, "B taps ..."]:
+    """The last ``taps`` positions of the device before this one; zeros on the first.
+
+    Args:
+        x: this device's part of a sequence.
+        taps: how many positions a convolution looks back.
+        axis: the manual mesh axis that the sequence is split over.
+
+    Raises:
+        ValueError: the axis is not manual here, or a part is shorter than ``taps``.
+    """
+    try:
+        devices = jax.lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"sequence_axis must be a mesh axis that is manual where the mixer is called; got {axis!r}, which "
+            f"is not. Call it inside jax.shard_map(..., axis_names={{..., {axis!r}}}), or use None."
+        ) from None
+    length = x.shape[1]
+    if length < taps:
+        raise ValueError(
+            f"each device's part of the sequence must have at least conv_size - 1 = {taps} positions; got "
+            f"{length}. Split over fewer devices than {devices}, or use longer sequences."
+        )
+    return jax.lax.ppermute(x[:, length - taps :], axis, [(i, i + 1) for i in range(devices - 1)])
 
 
 class SwiGLU(nnx.Module):

@@ -10,7 +10,15 @@ from jaxtyping import Float, Int
 
 from gdn_jax.array_types import Tap, no_tap
 from gdn_jax.config import GDNConfig
-from gdn_jax.layers import ParamMaker, Projection, RMSNorm, ShortConv, decay_rate_log, time_step_bias
+from gdn_jax.layers import (
+    ParamMaker,
+    Projection,
+    RMSNorm,
+    ShortConv,
+    decay_rate_log,
+    left_halo,
+    time_step_bias,
+)
 from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import Rules
 from gdn_jax.mup.spec import Role
@@ -70,6 +78,7 @@ class GatedDeltaNet(nnx.Module):
         *,
         segment_ids: Int[jax.Array, "B T"] | None = None,
         tap: Tap = no_tap,
+        sequence_axis: str | None = None,
     ) -> Float[jax.Array, "B T D"]:
         """Mixes along time, causally.
 
@@ -77,11 +86,25 @@ class GatedDeltaNet(nnx.Module):
             x: inputs; the result has their dtype.
             segment_ids: int32 document of each position; nothing crosses a change, 0 is padding.
             tap: sees the intermediate values.
+            sequence_axis: a mesh axis that is manual in the ``shard_map`` around: each device holds an equal
+                part of T, in the order of the axis, of at least ``conv_size - 1`` positions.
+
+        Raises:
+            ValueError: ``sequence_axis`` that is not manual here, or parts that are too short for the halo.
         """
         x = tap("mixer_input", x)
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        q, k, v = (conv(y, segment_ids) for conv, y in ((self.conv_q, q), (self.conv_k, k), (self.conv_v, v)))
-        return self._attend(x, q, k, v, segment_ids, None, tap)[0]
+        raw = self.q(x), self.k(x), self.v(x)
+        tails, tail_segments = (None, None, None), None
+        if sequence_axis is not None:
+            taps = self.config.conv_size - 1
+            tails = tuple(left_halo(y, taps, sequence_axis) for y in raw)
+            if segment_ids is not None:
+                tail_segments = left_halo(segment_ids, taps, sequence_axis)
+        q, k, v = (
+            conv(y, segment_ids, tail, tail_segments)
+            for conv, y, tail in zip((self.conv_q, self.conv_k, self.conv_v), raw, tails, strict=True)
+        )
+        return self._attend(x, q, k, v, segment_ids, None, tap, sequence_axis)[0]
 
     def with_cache(
         self,
@@ -149,6 +172,7 @@ class GatedDeltaNet(nnx.Module):
         segment_ids: jax.Array | None,
         state: jax.Array | None,
         tap: Tap,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         config = self.config
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
@@ -175,6 +199,7 @@ class GatedDeltaNet(nnx.Module):
             scale=config.key_dim**config.readout_scale_exponent,
             qk_norm_eps=config.qk_norm_eps,
             return_final_state=state is not None or tap is not no_tap,
+            sequence_axis=sequence_axis,
             implementation=config.implementation,
         )
         if tap is not no_tap:

@@ -349,7 +349,7 @@ def _row_sums(x: jax.Array) -> jax.Array:
 
 
 def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
-    """Chunk N − 1 − n of the backward pass, eq. (16) to (20)."""
+    """Chunk N − 1 − n of the backward pass, eq. (19) to (23)."""
     q_ref, k_ref, v_ref, gates_ref, states_ref, do_ref, dfinal_ref, *rest = refs
     dq_ref, dk_ref, dv_ref, dgates_ref, *rest = rest
     dfirst_ref = rest.pop(0) if has_state else None
@@ -407,11 +407,11 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
         dwritten = {}
         for h in heads:
             weighed = decay_ref[h] * gates.beta[h : h + 1, :] * scores_ref[h]
-            # Eq. (16).
+            # Eq. (19).
             inside = dot(weighed, do(h), contract=(0, 0))
             dwritten[h] = inside + out_columns[:, h : h + 1] * dot(key(h), dstate_ref[h])
         for h in heads:
-            # Eq. (17).
+            # Eq. (20).
             dmissing = _dot(inverse_ref[h], dwritten[h], plan.inverse, (0, 0))
             dmissing_ref[h] = dmissing.astype(compute)
             dv_ref[0, :, h * value_dim : (h + 1) * value_dim] = dmissing.astype(dv_ref.dtype)
@@ -423,7 +423,7 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
         products = {h: dot(cotangents[h], written_ref[h], contract=(1, 1)) for h in heads}
         for h in heads:
             beta = gates.beta[h : h + 1, :]
-            # Eq. (18): dL and dP times E, before β.
+            # Eq. (21): dL and dP times E, before β.
             dlower = products[h][:chunk] * (below_ref[...] * decay_ref[h])
             dscores = products[h][chunk:] * decay_ref[h]
             shares = dlower * gram_ref[h] + dscores * scores_ref[h]
@@ -431,7 +431,7 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
             rows_ref[0, h : h + 1, :] = _row_sums(shares * beta)
             dscores_ref[h, :chunk] = (dlower * beta).astype(compute)
             dscores_ref[h, chunk:] = (dscores * (plan.scale * beta)).astype(compute)
-        # Eq. (19), term by term.
+        # Eq. (22), term by term.
         dk, dq = {}, {}
         products = {h: dot(cotangents[h], entering(h), contract=(1, 1)) for h in heads}
         for h in heads:
@@ -473,7 +473,7 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
                 _store_gradient(plan, k_ref, dk_ref, key_head, dkeys.pop(key_head), key(h), mask)
                 _store_gradient(plan, q_ref, dq_ref, key_head, dqueries.pop(key_head), query(h), mask)
 
-    # Eq. (20).
+    # Eq. (23).
     inside, outside, shares = rows_ref[0], rows_ref[1], rows_ref[2]
     out_share = out * outside
     across = gates.decay_across * jnp.sum(dots_ref[...], axis=1, keepdims=True)
