@@ -307,7 +307,11 @@ def without(cut, case):
             "_entering_state",
             lambda local, transition, axis: 0 * local,
         ),
-        "ids": ("kernels_pallas.gated_delta_rule.api", "last_id_before", lambda ids, axis: 0 * ids[:, 0]),
+        "ids": (
+            "kernels_pallas.gated_delta_rule.implementations",
+            "last_id_before",
+            lambda ids, axis: 0 * ids[:, 0],
+        ),
         "halo": ("gdn_jax.mixer", "left_halo", lambda x, taps, axis: 0 * x[:, :taps]),
     }[cut]
 
