@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from kernel_operands import GATE_TOLERANCE, GATES, TOLERANCE, cast, operands
-from sequence_cases import AXIS, FAULTS, FORWARD_CASES, MIXER_CASES, OP_CASES, SHAPE, mixer_parts
+from sequence_cases import (
+    AXIS,
+    FAULTS,
+    FORWARD_CASES,
+    MIXER_CASES,
+    OP_CASES,
+    SHAPE,
+    make_mixer,
+)
 
 from kernels_pallas import gated_delta_rule
 
@@ -117,20 +125,21 @@ def small():
     return cast(operands(1, 8, 1, 1, 4, 4), "float32")
 
 
+def trace_mixer(x):
+    graph, parameters = nnx.split(nnx.eval_shape(make_mixer))
+    return jax.eval_shape(lambda p: nnx.merge(graph, p)(x, sequence_axis=AXIS), parameters)
+
+
 class TestRefusals:
     def test_axis_that_is_not_manual(self):
         with pytest.raises(ValueError, match=r"got 'sequence', which is not. Call it inside jax.shard_map"):
             gated_delta_rule(**small(), sequence_axis=AXIS)
         with pytest.raises(ValueError, match="sequence_axis must be a mesh axis that is manual"):
             gated_delta_rule(**small(), segment_ids=jnp.ones((1, 8), int), sequence_axis=AXIS)
-        graph, parameters, x, _ = mixer_parts()
         with pytest.raises(ValueError, match="manual where the mixer is called; got 'sequence'"):
-            nnx.merge(graph, parameters)(x, sequence_axis=AXIS)
+            trace_mixer(jnp.zeros((4, 8, 16)))
 
     def test_parts_shorter_than_the_halo(self):
-        graph, parameters, x, _ = mixer_parts()
-        mixer = nnx.merge(graph, parameters)
-        # Parts of two tokens; vmap's axis stands in for the mesh's.
-        parts = jnp.moveaxis(x.reshape(4, 32, 2, 16), 1, 0)
+        # vmap's axis stands in for the mesh's.
         with pytest.raises(ValueError, match="at least conv_size - 1 = 3 positions; got 2"):
-            jax.vmap(lambda y: mixer(y, sequence_axis=AXIS), axis_name=AXIS)(parts)
+            jax.vmap(trace_mixer, axis_name=AXIS)(jnp.zeros((8, 4, 2, 16)))
