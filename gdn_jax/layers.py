@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -63,6 +64,10 @@ class ParamMaker:
         )
 
 
+# Rows of a TPU's register.
+_SUBLANES = 8
+
+
 def _static_scale(config: GDNConfig) -> Callable[[ParamSpec], float]:
     ratios = ax.axis_ratios(config.axis_sizes, config.base_axis_sizes)
     return lambda spec: param_rule(spec, config.preset, config.optimizer, ratios, config.width).init_std
@@ -86,11 +91,24 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         """Contracts the trailing ``in_axes`` of ``x``; accumulates, and with ``out_dtype`` returns, wider."""
-        contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        kernel = self.kernel[...].astype(x.dtype)
-        return jax.lax.dot_general(
-            x, kernel, (contracted, ((), ())), preferred_element_type=out_dtype or x.dtype
-        )
+        leading, out_shape = x.shape[: x.ndim - self.num_in], self.kernel.shape[self.num_in :]
+        # Two axes, whatever they are called: TPUs would lay out (T, heads, dim) otherwise, and copy.
+        kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(self.kernel.shape[: self.num_in]), -1)
+        y = jnp.matmul(x.reshape(*leading, -1), kernel, preferred_element_type=out_dtype or x.dtype)
+        return y.reshape(*leading, *out_shape)
+
+
+def keep_layout(x: Float[Array, "B T heads dim"]) -> Float[Array, "B T heads dim"]:
+    """x; on a TPU it, and its gradient, stay laid out as (B, T, heads dim), as projections write and kernels read.
+
+    Left to itself that compiler puts time innermost for the sums of a norm's gradient, and copies both ways.
+    """
+
+    def pinned(x: Array) -> Array:
+        flat = with_layout_constraint(x.reshape(*x.shape[:2], -1), Layout((0, 1, 2)))
+        return flat.reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, tpu=pinned, default=lambda x: x)
 
 
 class RMSNorm(nnx.Module):
@@ -102,6 +120,17 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         """Returns the dtype of ``x``."""
+        if x.ndim == 4 and x.shape[1] % _SUBLANES == 0:
+            return jax.lax.platform_dependent(x, tpu=self._normalise_heads, default=self._normalise)
+        return self._normalise(x)
+
+    def _normalise_heads(self, x: Array) -> Array:
+        # (B, T, G, V) as (B, T/8, G, 8, V): so a TPU lays out (B, T, G V), and nothing is moved.
+        batch, _, heads, dim = x.shape
+        tiles = x.reshape(batch, -1, _SUBLANES, heads, dim).swapaxes(2, 3)
+        return self._normalise(tiles).swapaxes(2, 3).reshape(x.shape)
+
+    def _normalise(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         gain = jnp.expand_dims(self.gain[...], tuple(range(x.ndim - 1)))
@@ -129,13 +158,15 @@ class ShortConv(nnx.Module):
             tail: the ``J - 1`` inputs before ``x``; zeros by default.
             tail_segments: their documents; needed with both ``tail`` and ``segment_ids``.
         """
-        taps = self.kernel.shape[0]
-        kernel = self.kernel[...].astype(x.dtype)
+        taps, heads, dim = self.kernel.shape
+        kernel = self.kernel[...].astype(x.dtype).reshape(taps, heads * dim)
         length = x.shape[1]
+        # Channels in one axis, as a projection writes and a kernel reads them: TPUs lay (T, heads, dim) out otherwise.
+        x = x.reshape(*x.shape[:2], heads * dim)
         if tail is None:
-            padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0)))
+            padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
         else:
-            padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+            padded = jnp.concatenate([tail.astype(x.dtype).reshape(*tail.shape[:2], -1), x], axis=1)
         if segment_ids is not None and tail_segments is None:
             tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
         total = x * kernel[None, None, taps - 1]
@@ -144,9 +175,9 @@ class ShortConv(nnx.Module):
             if segment_ids is not None and tail_segments is not None:
                 segments = jnp.concatenate([tail_segments, segment_ids], axis=1)
                 same = segments[:, j : j + length] == segment_ids
-                shifted = jnp.where(same[..., None, None], shifted, jnp.zeros((), x.dtype))
+                shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
             total = total + shifted * kernel[None, None, j]
-        return jax.nn.silu(total)
+        return jax.nn.silu(total).reshape(*x.shape[:2], heads, dim)
 
 
 def left_halo(x: Shaped[Array, "B T ..."], taps: int, axis: str) -> Shaped[Array, "B taps ..."]:

@@ -16,6 +16,7 @@ from gdn_jax.layers import (
     RMSNorm,
     ShortConv,
     decay_rate_log,
+    keep_layout,
     left_halo,
     time_step_bias,
 )
@@ -204,9 +205,10 @@ class GatedDeltaNet(nnx.Module):
         )
         if tap is not no_tap:
             tap("state", state * config.key_dim**0.5)
-        o = tap("o", o)
-        normed = tap("o_normed", self.o_norm(o))
-        gated = tap("mixer_hidden", normed * jax.nn.silu(self.g(x)))
+        o = keep_layout(tap("o", o))
+        normed = keep_layout(tap("o_normed", self.o_norm(o)))
+        gate = jax.nn.silu(keep_layout(self.g(x)))
+        gated = keep_layout(tap("mixer_hidden", normed * gate))
         return tap("mixer_output", self.o(gated)), state
 
 
