@@ -23,6 +23,7 @@ from gdn_jax.layers import (
 from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import Rules
 from gdn_jax.mup.spec import Role
+from gdn_jax.sharding import over_batch_and_heads
 from kernels_pallas import gated_delta_rule_from_gates
 
 
@@ -186,7 +187,8 @@ class GatedDeltaNet(nnx.Module):
             # For the tap's eyes only; the op computes its own.
             tap("log_decay", -jnp.exp(A_log)[None, None] * jax.nn.softplus(a + dt_bias[None, None]))
             tap("beta", beta_max * jax.nn.sigmoid(b))
-        o, state = gated_delta_rule_from_gates(
+        o, state = over_batch_and_heads(
+            gated_delta_rule_from_gates,
             q,
             k,
             v,

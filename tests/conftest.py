@@ -9,5 +9,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """The TPU compiler, or a skip; a failure where it must be there, as in `make test` on Linux."""
+    from kernels_pallas.gated_delta_rule import tpu_compiler
+
+    if tpu_compiler.find_libtpu() is None:
+        reason = "there is no TPU compiler; `make tpu-compiler` installs it"
+        if os.environ.get("GDN_REQUIRE_TPU_COMPILER"):
+            pytest.fail(reason)
+        pytest.skip(reason)

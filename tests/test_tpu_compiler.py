@@ -1,7 +1,6 @@
 """The TPU profiler: its readers of the compiler's text on small samples, and the real compiler on a toy."""
 
 import json
-import os
 
 import pytest
 import tpu_toy as toy
@@ -254,15 +253,6 @@ def test_without_libtpu_one_line_says_where_it_comes_from(capsys, monkeypatch, t
     assert "\n" not in said
     assert str(tmp_path) in said
     assert "Linux" in said or "make tpu-compiler" in said
-
-
-@pytest.fixture(scope="module")
-def libtpu():
-    if tpu_compiler.find_libtpu() is None:
-        reason = "there is no TPU compiler; `make tpu-compiler` installs it"
-        if os.environ.get("GDN_REQUIRE_TPU_COMPILER"):
-            pytest.fail(reason)
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def in_context[**A, R](mesh: Mesh, fn: Callable[A, R]) -> Callable[A, R]:
+    """`fn` traced with the mesh in context, which tells the mixer how to split what XLA cannot: its kernels."""
+
+    def run(*args: A.args, **options: A.kwargs) -> R:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args, **options)
+
+    return run
+
+
 def over_points(
     mesh: Mesh, init: Callable, step: Callable, evaluate: Callable
 ) -> tuple[Callable, Callable, Callable]:

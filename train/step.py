@@ -214,6 +214,8 @@ def compile_program(program: Program, mesh: Mesh, *, packed: bool) -> Compiled:
     batch = meshes.batch_sharding(mesh)
     if packed:
         init, step, evaluate = meshes.over_points(mesh, init, step, evaluate)
+    else:
+        step, evaluate = meshes.in_context(mesh, step), meshes.in_context(mesh, evaluate)
     return Compiled(
         # Runs once a point: half of LLVM's work on it would take longer than the run saves (10 s against 2).
         jax.jit(

@@ -33,7 +33,7 @@ def refusal(q: Array, k: Array, v: Array) -> str | None:
         return f"q, k and v must all be bfloat16 or all float32; got {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] > MAX_DIM:
         return f"K must be at most {MAX_DIM}; got {q.shape[-1]}"
-    if _heads(q.shape[2], v.shape[2], _native(q.shape[-1]), _native(min(v.shape[-1], MAX_DIM))) is None:
+    if _heads(q, v) is None:
         return (
             f"{v.shape[2]} value heads on {q.shape[2]} key heads do not divide into groups that fit a program"
         )
@@ -60,18 +60,20 @@ def _native(dim: int) -> int:
     return next(native for native in _DIMS if dim <= native)
 
 
-def _heads(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> int | None:
+def _heads(q: Array, v: Array) -> int | None:
     """Value heads of a program: whole key heads, and blocks that fill whole lanes or the whole array."""
+    key_heads, value_heads = q.shape[2], v.shape[2]
+    key_dim, value_dim = _native(q.shape[-1]), _native(min(v.shape[-1], MAX_DIM))
     share = value_heads // key_heads
     legal = [
         heads
         for heads in range(share, value_heads + 1, share)
         if value_heads % heads == 0
         and (heads == value_heads or (heads // share * key_dim % 128 == 0 and heads * value_dim % 128 == 0))
-        # A gate is a row, a row of all heads one register.
+        # A gate is a row; all of a program's are one or two registers.
         and heads <= 2 * tiling.TPU_HEADS
     ]
-    most = min(tiling.TPU_HEADS, tiling.TPU_LANES // max(key_dim, value_dim))
+    most = min(tiling.TPU_HEADS, tiling.TPU_TOKEN_BYTES // (max(key_dim, value_dim) * q.dtype.itemsize))
     return max((h for h in legal if h <= most), default=min(legal, default=None))
 
 
@@ -86,7 +88,7 @@ def make_plan(
 ) -> Plan:
     """How the work is cut; the operands must have passed `refusal`."""
     length, key_dim, value_dim = q.shape[1], _native(q.shape[-1]), _native(v.shape[-1])
-    heads = _heads(q.shape[2], v.shape[2], key_dim, value_dim)
+    heads = _heads(q, v)
     assert heads is not None
     compute = jnp.dtype(q.dtype)
     one_pass = inverse_precision in (None, jax.lax.Precision.DEFAULT, "default", "fastest", "bfloat16")

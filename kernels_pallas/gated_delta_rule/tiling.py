@@ -38,9 +38,9 @@ def chunk_and_block(
 # forward and 10.8 backward, where 128 takes 3.5 and 6.0.
 TPU_CHUNK = 128
 # Value heads of a program, which take turns in every stage. Forward and backward at 2 / 4 / 8: 6.1 / 4.6 / 3.5
-# and 11.1 / 8.5 / 6.0. Wider heads fill the registers and the VMEM sooner: at most this many lanes of q, k or v.
+# and 11.1 / 8.5 / 6.0. Wider heads fill the VMEM sooner: at most so many bytes of a token's q, k or v.
 TPU_HEADS = 8
-TPU_LANES = 1024
+TPU_TOKEN_BYTES = 2048
 # How many go through a stage side by side: more hide more latency and spill more. Backward at 8, 4 / 8, 2 / 8, 1
 # (merge and walk, gradients): 5.9 / 6.0 / 6.6. Forward at 8 / 4: 3.4 / 3.6, with 10.4 / 9.7 % of the store
 # slots spilling.
