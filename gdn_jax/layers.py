@@ -91,10 +91,13 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         """Contracts the trailing ``in_axes`` of ``x``; accumulates, and with ``out_dtype`` returns, wider."""
-        leading, out_shape = x.shape[: x.ndim - self.num_in], self.kernel.shape[self.num_in :]
+        leading = x.shape[: x.ndim - self.num_in]
+        in_shape, out_shape = self.kernel.shape[: self.num_in], self.kernel.shape[self.num_in :]
         # Two axes, whatever they are called: TPUs would lay out (T, heads, dim) otherwise, and copy.
-        kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(self.kernel.shape[: self.num_in]), -1)
-        y = jnp.matmul(x.reshape(*leading, -1), kernel, preferred_element_type=out_dtype or x.dtype)
+        kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(in_shape), math.prod(out_shape))
+        y = jnp.matmul(
+            x.reshape(*leading, math.prod(in_shape)), kernel, preferred_element_type=out_dtype or x.dtype
+        )
         return y.reshape(*leading, *out_shape)
 
 
@@ -105,7 +108,7 @@ def keep_layout(x: Float[Array, "B T heads dim"]) -> Float[Array, "B T heads dim
     """
 
     def pinned(x: Array) -> Array:
-        flat = with_layout_constraint(x.reshape(*x.shape[:2], -1), Layout((0, 1, 2)))
+        flat = with_layout_constraint(x.reshape(*x.shape[:2], math.prod(x.shape[2:])), Layout((0, 1, 2)))
         return flat.reshape(x.shape)
 
     return jax.lax.platform_dependent(x, tpu=pinned, default=lambda x: x)
@@ -126,8 +129,8 @@ class RMSNorm(nnx.Module):
 
     def _normalise_heads(self, x: Array) -> Array:
         # (B, T, G, V) as (B, T/8, G, 8, V): so a TPU lays out (B, T, G V), and nothing is moved.
-        batch, _, heads, dim = x.shape
-        tiles = x.reshape(batch, -1, _SUBLANES, heads, dim).swapaxes(2, 3)
+        batch, length, heads, dim = x.shape
+        tiles = x.reshape(batch, length // _SUBLANES, _SUBLANES, heads, dim).swapaxes(2, 3)
         return self._normalise(tiles).swapaxes(2, 3).reshape(x.shape)
 
     def _normalise(self, x: Array) -> Array:
@@ -166,7 +169,8 @@ class ShortConv(nnx.Module):
         if tail is None:
             padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
         else:
-            padded = jnp.concatenate([tail.astype(x.dtype).reshape(*tail.shape[:2], -1), x], axis=1)
+            tail = tail.astype(x.dtype).reshape(*tail.shape[:2], heads * dim)
+            padded = jnp.concatenate([tail, x], axis=1)
         if segment_ids is not None and tail_segments is None:
             tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
         total = x * kernel[None, None, taps - 1]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from kernel_operands import cast, forward_and_gradients, operands
 
@@ -130,6 +131,12 @@ def op_case(devices, implementation="chunked", dtype="float32", length=64, docum
         per_token = [y for name, y in actual.items() if name not in ("final_state", "dinitial_state")]
         measured["padding"] = max(float(np.abs(np.asarray(y, np.float64)[padding]).max()) for y in per_token)
     return measured
+
+
+def interpreted_case(devices):
+    """The TPU kernels, whose values are wider here by the columns that read what enters a part."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        return op_case(devices, "mosaic_tpu", documents=True)
 
 
 def op_forward(documents=False, axis=AXIS):
@@ -299,6 +306,7 @@ OP_CASES = {
     "bfloat16 8": ("bfloat16", functools.partial(op_case, 8, dtype="bfloat16")),
     "unchecked 4": ("float32", functools.partial(op_case, 4, "reference", documents=True, check_vma=False)),
     "gates": ("float32", gates_case),
+    "mosaic_tpu documents 2": ("float32", functools.partial(interpreted_case, 2)),
 }
 MIXER_CASES = {
     "mixer": mixer_case,
