@@ -7,6 +7,8 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Threads of XLA's pool. Interpreted kernels for GPUs wait for one another in it: with two of them they wait forever.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import pytest

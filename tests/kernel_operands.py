@@ -1,5 +1,7 @@
 """Operands and comparison that the kernel tests share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,36 @@ def forward_and_gradients(op, x, **options):
     (o, final_state), vjp = jax.vjp(run, x)
     (gradients,) = vjp(cotangents((o, final_state)))
     return {"o": o, "final_state": final_state} | {f"d{name}": g for name, g in gradients.items()}
+
+
+def rounded(shape, dtype, **hard):
+    """Operands whose q, k and v have a dtype; gates and states are float32."""
+    x = cast(operands(*shape, **hard), "float32")
+    return x | {name: x[name].astype(dtype) for name in "qkv"}
+
+
+def defined(op, x):
+    """Forward and gradients of an op in float64."""
+    with jax.enable_x64(True):
+        return jax.jit(functools.partial(forward_and_gradients, op))(cast(x, "float64"))
+
+
+def documents():
+    """Gates made inside, two rows of packed documents with padding, and the same with NaN in the padding."""
+    shape = (2, 75, 1, 2, 64, 64)
+    rng = np.random.default_rng(3)
+    row = [4] * 20 + [0] * 3 + [4] * 9 + [7] * 20 + [0] * 5 + [2] * 17 + [0]
+    segment_ids = jnp.asarray([row, [0] * 40 + [1] * 35], jnp.int32)
+    x = {name: y for name, y in cast(operands(*shape, seed=3), "float32").items() if name in "qkv"} | {
+        "a": jnp.asarray(rng.normal(size=(*shape[:2], 2)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(*shape[:2], 2)), jnp.float32),
+        "A_log": jnp.asarray(rng.normal(size=2), jnp.float32),
+        "dt_bias": jnp.asarray(rng.normal(size=2), jnp.float32),
+    }
+    poisoned = {
+        name: y
+        if y.ndim == 1
+        else jnp.where(jnp.expand_dims(segment_ids == 0, tuple(range(2, y.ndim))), jnp.nan, y)
+        for name, y in x.items()
+    }
+    return x, poisoned, segment_ids

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.gated_delta_rule import mosaic_tpu, tiling
+from kernels_pallas.gated_delta_rule import mosaic_gpu, mosaic_tpu, tiling
 from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
 from kernels_pallas.gated_delta_rule.reference import reference, segment_masks
 from kernels_pallas.gated_delta_rule.sequence import last_id_before, split_run
@@ -170,7 +170,14 @@ class _KernelCore(NamedTuple):
     initial_state: Float[Array, "B G K V"] | None
 
 
-def _kernel_core(options: Options, x: Operands, valid: Array | None, reset: Array | None) -> _KernelCore:
+def _kernel_core(
+    options: Options, x: Operands, valid: Array | None, reset: Array | None, *, prepare: bool = False
+) -> _KernelCore:
+    """With `prepare` norm and padding are done here: for kernels that do neither."""
+    if prepare:
+        q, k, v = (_select(valid, y) for y in (x.q, x.k, x.v))
+        q, k = (_l2_normalise(y.astype(jnp.float32), options.qk_norm_eps).astype(y.dtype) for y in (q, k))
+        x = x._replace(q=q, k=k, v=v)
     decay, write = (_select(valid, y).astype(jnp.float32) for y in (x.decay, x.write))
     log_decay, beta = _gate_values(options, x, decay, write, valid, reset)
     state = None if x.initial_state is None else x.initial_state.astype(jnp.float32)
@@ -233,6 +240,43 @@ def _tpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, 
 _tpu_kernels.defvjp(_tpu_kernels_fwd, _tpu_kernels_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gpu_kernels(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None
+) -> tuple[Array, Array]:
+    return _gpu_run(options, operands, valid, reset, save_states=False)[0]
+
+
+def _gpu_run(
+    options: Options, operands: Operands, valid: Array | None, reset: Array | None, *, save_states: bool
+) -> tuple[tuple[Array, Array], Any]:
+    assert options.scale is not None
+    core = _kernel_core(options, operands, valid, reset, prepare=True)
+    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
+    o, final_state, saved = mosaic_gpu.forward(plan, *core[:-1], core.initial_state, save_states=save_states)
+    return (o, final_state), saved
+
+
+def _gpu_kernels_fwd(options: Options, operands: Operands, valid: Array | None, reset: Array | None):
+    results, saved = _gpu_run(options, operands, valid, reset, save_states=True)
+    saved = jax.tree.map(lambda x: checkpoint_name(x, STATES), saved)
+    return results, (operands, valid, reset, saved)
+
+
+def _gpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
+    operands, valid, reset, saved = residuals
+    assert options.scale is not None
+    core, core_vjp = jax.vjp(lambda x: _kernel_core(options, x, valid, reset, prepare=True), operands)
+    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
+    states, inverse = saved
+    do, dfinal_state = cotangents
+    gradients = mosaic_gpu.backward(plan, *core[:-1], core.initial_state, states, inverse, do, dfinal_state)
+    return (*core_vjp(_KernelCore(*gradients)), None, None)
+
+
+_gpu_kernels.defvjp(_gpu_kernels_fwd, _gpu_kernels_bwd)
+
+
 def _reference(
     options: Options, operands: Operands, valid: Array | None, reset: Array | None
 ) -> tuple[Array, Array]:
@@ -242,33 +286,47 @@ def _reference(
     return o.astype(core.v.dtype), final_state
 
 
-def _mosaic_tpu(
-    options: Options, operands: Operands, valid: Array | None, reset: Array | None
-) -> tuple[Array, Array]:
-    """The TPU kernels, whose scale is known when they are traced and whose values have at most 256 columns."""
-    scale, state = operands.scale, operands.initial_state
-    if scale is not None:
-        o, final_state = _mosaic_tpu(options._replace(scale=1.0), operands._replace(scale=None), valid, reset)
-        return (o * scale).astype(o.dtype), final_state
-    columns, most = operands.v.shape[-1], mosaic_tpu.MAX_DIM
-    parts = [
-        _tpu_kernels(
-            options,
-            operands._replace(
-                v=operands.v[..., start : start + most],
-                initial_state=None if state is None else state[..., start : start + most],
-            ),
-            valid,
-            reset,
-        )
-        for start in range(0, columns, most)
-    ]
-    o, final_state = (jnp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-    return o, final_state
+def _known_scale_and_few_columns(kernels: Any, most: int) -> Any:
+    """An implementation of kernels whose scale is known when they are traced and that take V up to `most`."""
+
+    def run(
+        options: Options, operands: Operands, valid: Array | None, reset: Array | None
+    ) -> tuple[Array, Array]:
+        scale, state = operands.scale, operands.initial_state
+        if scale is not None:
+            o, final_state = run(options._replace(scale=1.0), operands._replace(scale=None), valid, reset)
+            return (o * scale).astype(o.dtype), final_state
+        parts = [
+            kernels(
+                options,
+                operands._replace(
+                    v=operands.v[..., start : start + most],
+                    initial_state=None if state is None else state[..., start : start + most],
+                ),
+                valid,
+                reset,
+            )
+            for start in range(0, operands.v.shape[-1], most)
+        ]
+        o, final_state = (jnp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+        return o, final_state
+
+    return run
 
 
-_IMPLEMENTATIONS = {"chunked": _chunked, "reference": _reference, "mosaic_tpu": _mosaic_tpu}
-_LATER = ("mosaic_gpu",)
+_IMPLEMENTATIONS = {
+    "chunked": _chunked,
+    "reference": _reference,
+    "mosaic_tpu": _known_scale_and_few_columns(_tpu_kernels, mosaic_tpu.MAX_DIM),
+    "mosaic_gpu": _known_scale_and_few_columns(_gpu_kernels, mosaic_gpu.MAX_DIM),
+}
+
+
+# What has to be asked before they run: their adapter, what they are made for, and how JAX interprets them.
+_KERNELS = {
+    "mosaic_tpu": (mosaic_tpu, "TPUs", "tpu.force_tpu_interpret_mode"),
+    "mosaic_gpu": (mosaic_gpu, "Hopper GPUs", "mosaic_gpu.force_gpu_interpret_mode"),
+}
 
 
 @functools.cache
@@ -283,33 +341,32 @@ def choose(implementation: str | None, operands: Operands) -> str:
         ValueError: an unknown name.
         NotImplementedError: the one asked for cannot.
     """
-    if implementation in _LATER:
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not built yet. Use None, 'chunked' or 'reference'."
-        )
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}; got {implementation!r}. "
             "Use None for the best one that can."
         )
-    if implementation not in (None, "mosaic_tpu"):
+    if implementation in ("chunked", "reference"):
         return implementation
-    platform = mosaic_tpu.target_platform()
-    here = platform == "tpu" or (implementation is not None and mosaic_tpu.interpreted())
-    why_not = mosaic_tpu.refusal(operands.q, operands.k, operands.v) if here else None
-    if implementation == "mosaic_tpu":
-        if not here:
+    q, k, v = operands.q, operands.k, operands.v
+    if implementation is not None:
+        kernels, made_for, interpret_mode = _KERNELS[implementation]
+        if not kernels.runs_here() and not kernels.interpreted():
             raise NotImplementedError(
-                f"implementation='mosaic_tpu' runs on TPUs; this is a {platform}. Use None, or interpret it with "
-                "jax.experimental.pallas.tpu.force_tpu_interpret_mode()."
+                f"implementation={implementation!r} runs on {made_for}; this is a {mosaic_tpu.target_platform()}. "
+                f"Use None, or interpret it with jax.experimental.pallas.{interpret_mode}()."
             )
-        if why_not:
-            raise NotImplementedError(f"implementation='mosaic_tpu': {why_not}. Use None or 'chunked'.")
+        if why_not := kernels.refusal(q, k, v):
+            raise NotImplementedError(f"implementation={implementation!r}: {why_not}. Use None or 'chunked'.")
         return implementation
-    if here and not why_not:
-        _log_choice("mosaic_tpu", "this is a TPU")
-        return "mosaic_tpu"
-    _log_choice("chunked", why_not or "the fastest form that runs on every platform")
+    # Interpreted kernels must be named: they are slow.
+    for name, (kernels, made_for, _) in _KERNELS.items():
+        if kernels.runs_here():
+            why_not = kernels.refusal(q, k, v)
+            chosen = "chunked" if why_not else name
+            _log_choice(chosen, f"{name}: {why_not}" if why_not else f"{name} is made for {made_for}")
+            return chosen
+    _log_choice("chunked", "the fastest form that runs on every platform")
     return "chunked"
 
 

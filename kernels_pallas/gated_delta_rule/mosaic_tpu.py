@@ -49,11 +49,17 @@ def target_platform() -> str:
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
 
 
+def runs_here() -> bool:
+    """Whether what is compiled for has what the kernels need."""
+    return target_platform() == "tpu"
+
+
 def interpreted() -> bool:
     """Whether `pltpu.force_tpu_interpret_mode` is on: the kernels then run on any platform."""
     from jax._src import config
 
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+    # One setting for TPUs and GPUs; the parameters tell them apart.
+    return isinstance(config.pallas_tpu_interpret_mode_context_manager.value, pltpu.InterpretParams)
 
 
 def _native(dim: int) -> int:

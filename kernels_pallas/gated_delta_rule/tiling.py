@@ -50,3 +50,23 @@ TPU_HEADS_BACKWARD = 8
 TPU_HEADS_GRADIENTS = 2
 # More than the compiler's default share, less than what the smallest chip has (v4: 16 MiB).
 TPU_VMEM_BYTES = 16 * 2**20
+
+# Hopper kernels. Multiprocessors of an H100 or H200.
+_GPU_SMS = 132
+# What a program costs before its first chunk, in chunks: barriers, descriptors, an empty pipeline.
+_GPU_PROGRAM_START = 0.4
+
+
+def gpu_run(chunks: int, rows: int) -> int:
+    """How many chunks one program of the gradients does one after the other; divides `chunks`.
+
+    Args:
+        chunks: N of a sequence.
+        rows: programs that run side by side for every run of chunks: B · G, times blocks of K.
+    """
+
+    def cost(run: int) -> float:
+        waves = -(-(chunks // run * rows) // _GPU_SMS)
+        return waves * (run + _GPU_PROGRAM_START)
+
+    return min((run for run in range(1, min(chunks, 32) + 1) if chunks % run == 0), key=cost)

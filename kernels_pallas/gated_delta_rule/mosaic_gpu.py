@@ -1,0 +1,304 @@
+"""The Hopper kernels' adapter: what they can do, how the work is laid out, and their launches.
+
+q, k, v, o and their gradients stay (B, T, heads, dim): the copy engine picks one head's tokens out of that. The
+gates, small arrays, are laid out anew with time last, (B, G, T).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel as kernels
+from kernels_pallas.gated_delta_rule import tiling
+from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, SHARES, Plan
+
+_DTYPES = (jnp.bfloat16,)
+# Lengths of keys and values; others are filled with zeros up to the next one.
+_DIMS = (64, 128, 256)
+MAX_DIM = _DIMS[-1]
+# In the names of the devices that have the tensor cores and the copy engine of compute capability 9.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+_LOG2_E = math.log2(math.e)
+# 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
+_FORGET_LOG2 = -160.0
+# β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
+# number, and less than this writes nothing that bfloat16 could hold.
+_LEAST_BETA = 2.0**-24
+
+
+def refusal(q: Array, k: Array, v: Array) -> str | None:
+    """Why the kernels cannot take these operands, or None. Shapes and dtypes alone decide."""
+    dtypes = {x.dtype for x in (q, k, v)}
+    if len(dtypes) > 1 or dtypes.pop() not in _DTYPES:
+        return f"q, k and v must all be bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[-1] > MAX_DIM:
+        return f"K must be at most {MAX_DIM}; got {q.shape[-1]}"
+    return None
+
+
+def runs_here() -> bool:
+    """Whether what is compiled for, the devices of the mesh in context or JAX's default ones, are Hopper GPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return any(name in device.device_kind for name in _HOPPER)
+    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability.startswith("9.")
+
+
+def interpreted() -> bool:
+    """Whether `plgpu.force_gpu_interpret_mode` is on: the kernels then run on a CPU."""
+    from jax._src import config
+
+    # One setting for GPUs and TPUs; the parameters tell them apart.
+    return isinstance(config.pallas_tpu_interpret_mode_context_manager.value, plgpu.InterpretGPUParams)
+
+
+def _native(dim: int) -> int:
+    return next(native for native in _DIMS if dim <= native)
+
+
+def make_plan(q: Array, v: Array, *, scale: float) -> Plan:
+    """How the work is cut; the operands must have passed `refusal`."""
+    return Plan(
+        length=-(-q.shape[1] // CHUNK) * CHUNK,
+        share=v.shape[2] // q.shape[2],
+        key_dim=_native(q.shape[-1]),
+        value_dim=_native(v.shape[-1]),
+        scale=scale,
+        compute=jnp.dtype(q.dtype),
+        interpreted=interpreted(),
+    )
+
+
+def _whole(plan: Plan, x: Array, dim: int) -> Array:
+    """(B, T, heads, ·) with zeros up to whole chunks and `dim`; nothing moves where nothing is missing."""
+    return jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, dim - x.shape[3])))
+
+
+def _gates(plan: Plan, log_decay: Array, beta: Array) -> tuple[Array, Array]:
+    """(B, T, G) each → γ, sums of log₂ α from the start of each chunk, and √β, both (B, G, T) float32."""
+    filling = ((0, 0), (0, plan.length - log_decay.shape[1]), (0, 0))
+    log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
+    root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
+    log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
+    in_chunks = log2.reshape(*log2.shape[:2], plan.chunks, CHUNK)
+    return jnp.cumsum(in_chunks, axis=-1).reshape(log2.shape), root
+
+
+def _turned(plan: Plan, state: Array) -> Array:
+    """(B, G, K, V) → (B, G, V, K), with zeros up to the kernels' sizes."""
+    padding = ((0, 0), (0, 0), (0, plan.key_dim - state.shape[2]), (0, plan.value_dim - state.shape[3]))
+    return jnp.pad(state.astype(jnp.float32), padding).swapaxes(2, 3)
+
+
+def _launch(
+    body: Callable[..., None],
+    grid: dict[str, int],
+    inputs: Sequence[Array],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
+    scratch: dict[str, Any],
+    *,
+    warpgroups: int,
+    batch_axis: Sequence[int] | None = None,
+) -> list[Array]:
+    """Runs a kernel on programs of (batch, *grid); `vmap` lengthens the batch.
+
+    Args:
+        body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
+        grid: axes of the grid beside the batch.
+        inputs: with the batch as their first axis.
+        outputs: shape without the batch, and dtype.
+        scratch: shared memory and barriers.
+        warpgroups: of a program.
+        batch_axis: where the outputs have the batch; None: first.
+    """
+    where = [0] * len(outputs) if batch_axis is None else list(batch_axis)
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: Array) -> list[Array]:
+        batch = arrays[0].shape[0]
+        shapes = [
+            jax.ShapeDtypeStruct((*shape[:at], batch, *shape[at:]), dtype)
+            for (shape, dtype), at in zip(outputs, where, strict=True)
+        ]
+        kernel = plgpu.kernel(
+            body,
+            out_type=shapes,
+            scratch_types=scratch,
+            grid=(batch, *grid.values()),
+            grid_names=("b", *grid),
+            num_threads=warpgroups,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+        )
+        # Inside `shard_map` the results vary over the mesh axes that the inputs vary over; the kernel does not say so.
+        varying = tuple(jax.typeof(arrays[0]).manual_axis_type.varying)
+        return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*arrays)]
+
+    @call.def_vmap
+    def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[list[Array], list[bool]]:
+        whole = [
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(arrays, batched, strict=True)
+        ]
+        results = call(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        apart = [
+            jnp.moveaxis(x.reshape(*x.shape[:at], size, -1, *x.shape[at + 1 :]), at, 0)
+            for x, at in zip(results, where, strict=True)
+        ]
+        return apart, [True] * len(apart)
+
+    return call(*inputs)
+
+
+def forward(
+    plan: Plan,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T G V"],
+    log_decay: Float[Array, "B T G"],
+    beta: Float[Array, "B T G"],
+    initial_state: Float[Array, "B G K V"] | None,
+    *,
+    save_states: bool,
+) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], tuple[Array, Array] | None]:
+    """o in the dtype of v, the final state in float32, and what is saved: states that enter the chunks, and T of each.
+
+    The states are (B, G, N, V, K) and T is (B, G, T, C), both in the dtype of q.
+    """
+    value_heads = v.shape[2]
+    gamma, root = _gates(plan, log_decay, beta)
+    whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
+    whole_v = _whole(plan, v, plan.value_dim)
+    (inverse,) = _launch(
+        functools.partial(kernels.inverse_body, plan),
+        {"n": plan.chunks, "g": value_heads},
+        [whole_k, gamma, root],
+        [((value_heads, plan.length, CHUNK), plan.compute)],
+        kernels.inverse_scratch(plan),
+        warpgroups=1,
+    )
+    inputs = [whole_q, whole_k, whole_v, inverse, gamma, root]
+    if initial_state is not None:
+        inputs.append(_turned(plan, initial_state))
+    state_shape = (value_heads, plan.value_dim, plan.key_dim)
+    outputs = [((plan.length, value_heads, plan.value_dim), plan.compute), (state_shape, jnp.float32)]
+    if save_states:
+        outputs.append(((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
+    stages, copies, scratch = kernels.forward_scratch(plan)
+    o, final, *states = _launch(
+        functools.partial(kernels.forward_body, plan, stages, copies, initial_state is not None, save_states),
+        {"g": value_heads, "v": plan.slabs},
+        inputs,
+        outputs,
+        scratch,
+        warpgroups=3,
+    )
+    o = o[:, : q.shape[1], :, : v.shape[3]]
+    final = final.swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
+    return o, final, (states[0], inverse) if save_states else None
+
+
+def backward(
+    plan: Plan,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T G V"],
+    log_decay: Float[Array, "B T G"],
+    beta: Float[Array, "B T G"],
+    initial_state: Float[Array, "B G K V"] | None,
+    states: Array,
+    inverse: Array,
+    do: Float[Array, "B T G V"],
+    dfinal_state: Float[Array, "B G K V"],
+) -> tuple[Array, Array, Array, Array, Array, Array | None]:
+    """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
+    key_heads, value_heads = q.shape[2], v.shape[2]
+    gamma, root = _gates(plan, log_decay, beta)
+    whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
+    whole_v, whole_do = (_whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
+    state_shape = (value_heads, plan.value_dim, plan.key_dim)
+    value_shape = (plan.length, value_heads, plan.value_dim)
+    stages, copies, scratch = kernels.walk_scratch(plan)
+    dv, dstates, dfirst = _launch(
+        functools.partial(kernels.backward_walk_body, plan, stages, copies),
+        {"g": value_heads, "v": plan.slabs},
+        [whole_q, whole_k, whole_do, inverse, gamma, root, _turned(plan, dfinal_state)],
+        [
+            (value_shape, plan.compute),
+            ((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
+            (state_shape, jnp.float32),
+        ],
+        scratch,
+        warpgroups=3,
+    )
+    blocks = plan.key_dim // plan.key_block
+    slabs, copies, scratch = kernels.gradients_scratch(plan)
+    run = tiling.gpu_run(plan.chunks, q.shape[0] * value_heads * blocks)
+    dq, dk, shares = _launch(
+        functools.partial(kernels.gradients_body, plan, slabs, copies, run),
+        {"n": plan.chunks // run, "g": value_heads, "k": blocks},
+        [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, gamma, root],
+        [
+            ((plan.length, value_heads, plan.key_dim), plan.compute),
+            ((plan.length, value_heads, plan.key_dim), plan.compute),
+            ((blocks, value_heads, len(SHARES), plan.length), jnp.float32),
+        ],
+        scratch,
+        warpgroups=3,
+        batch_axis=(0, 0, 1),
+    )
+    length = q.shape[1]
+
+    def to_key_heads(dx: Array) -> Array:
+        """Value heads of a key head add up; float32, so that their number does not matter."""
+        dx = dx[:, :length, :, : q.shape[3]]
+        if plan.share == 1:
+            return dx
+        return jnp.sum(
+            dx.reshape(*dx.shape[:2], key_heads, plan.share, -1).astype(jnp.float32), axis=3
+        ).astype(dx.dtype)
+
+    dlog_decay, dbeta = _gate_gradients(plan, shares, root, length)
+    return (
+        to_key_heads(dq),
+        to_key_heads(dk),
+        dv[:, :length, :, : v.shape[3]],
+        dlog_decay,
+        dbeta,
+        None if initial_state is None else dfirst.swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
+    )
+
+
+def _gate_gradients(plan: Plan, shares: Array, root: Array, length: int) -> tuple[Array, Array]:
+    """d log α and dβ, (B, T, G) float32, eq. (15) by row and column sums of one M.
+
+    Args:
+        plan: of the launch.
+        shares: (blocks of K, B, G, shares, T).
+        root: √β, (B, G, T), as the kernels had it.
+        length: T as the caller has it.
+    """
+    x = {
+        name: (shares[0, :, :, i] if name == "writes" else jnp.sum(shares[:, :, :, i], axis=0))
+        for i, name in enumerate(SHARES)
+    }
+    x = {name: y.reshape(*y.shape[:2], plan.chunks, CHUNK) for name, y in x.items()}
+    # Σ_{r ≥ t} of what ends at r, Σ_{c < t} of what leaves the chunk from c, and what passes through it.
+    at_rows = x["query"] + x["key_in"] + x["key_read"] - x["key_written"]
+    later = jnp.flip(jnp.cumsum(jnp.flip(at_rows, -1), axis=-1), -1)
+    earlier = jnp.cumsum(x["out"], axis=-1) - x["out"]
+    dlog_decay = later + earlier + jnp.sum(x["states"], axis=-1, keepdims=True)
+    dbeta = x["writes"] / root.reshape(x["writes"].shape) ** 4
+
+    def turned(y: Array) -> Array:
+        return y.reshape(*y.shape[:2], -1).transpose(0, 2, 1)[:, :length]
+
+    return turned(dlog_decay), turned(dbeta)

@@ -1,0 +1,897 @@
+"""Kernel bodies for Hopper GPUs (Pallas Mosaic GPU): four launches, two of which walk the chunks of a head in order.
+
+README.md derives the algorithm; comments cite its equation numbers. `inverse_body` (one chunk a program) makes T of
+every chunk. `forward_body` walks the chunks with the state in registers. `backward_walk_body` walks them from the last
+to the first with the cotangent of the state in registers and makes dv. `gradients_body` (some chunks a program) makes
+the rest from the states and their cotangents.
+
+States are kept transposed, (V, K): a warpgroup's matmul takes its left operand from registers and its right one
+from shared memory, so the walk never waits for its own state to get there. 64 columns of V fill the 64 rows of a
+tensor core instruction, and every 64 columns are a program of their own.
+
+A program is a few warpgroups, one of which only moves memory; they meet at barriers. Every warpgroup waits for all
+others before it ends: one that ends early, while another still issues matmuls, can fail the launch (jax 0.11.2).
+
+Gates come as γ, sums of log₂ α from a chunk's start, and √β, both (B, G, T) float32. A new document is a token
+whose log₂ α is so small that 2 to it is 0. Exponents are differences of γ within a chunk that are at most 0, masked
+before the power.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Tokens of a chunk, and columns of V of a program: the rows of a warpgroup's matmul.
+CHUNK = 64
+# Shared memory that a program may ask for.
+SMEM_BYTES = 227 * 1024
+# Of it, the compiler's own: sums across warps, barriers.
+_SMEM_RESERVED = 3072
+
+# A tensor core's sums. Pallas' typing stubs leave it out, and call the transforms of `tiled` abstract.
+_SUMS = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+_TILE = plgpu.Layout.WGMMA
+# One value for each row, or for each column, of a tile.
+_ROWS = _TILE.reduce(1)
+_COLUMNS = _TILE.reduce(0)
+_SQUARE = (CHUNK, CHUNK)
+_FLOAT = jnp.float32
+# Registers of a thread: one warpgroup that moves memory, two that compute.
+_MOVER_REGISTERS = 40
+_COMPUTE_REGISTERS = 232
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed when a kernel is traced.
+
+    Attributes:
+        length: T, a multiple of `CHUNK`.
+        share: value heads of a key head.
+        key_dim: K.
+        value_dim: V.
+        scale: of the output.
+        compute: dtype of q, k, v: what the tensor cores take.
+        interpreted: whether the kernels run on a CPU.
+    """
+
+    length: int
+    share: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    compute: Any
+    interpreted: bool
+
+    @property
+    def chunks(self) -> int:
+        """N."""
+        return self.length // CHUNK
+
+    @property
+    def slabs(self) -> int:
+        """How many times 64 columns V has."""
+        return self.value_dim // CHUNK
+
+    @property
+    def wide(self) -> bool:
+        """Whether a state and its copy in the compute dtype do not fit the registers of a warpgroup."""
+        return self.key_dim > 128
+
+    @property
+    def key_block(self) -> int:
+        """Keys' columns whose gradients a program can hold in registers."""
+        return min(self.key_dim, 128)
+
+
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the order that the copy engine and the tensor cores want."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    order = (
+        plgpu.TilingTransform((8, swizzle // size)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=order)
+
+
+def plain(*shape: int) -> Any:
+    """Shared memory of float32 in the order of the indices."""
+    return plgpu.SMEM(shape, _FLOAT)
+
+
+def _dot(plan: "Plan", a: Any, b: Any, onto: jax.Array | None = None) -> jax.Array:
+    """a @ b, plus `onto`: a from registers or shared memory, b from shared memory, float32 sums.
+
+    The barrier makes what follows depend on the wait: without it the compiler may read the sums too early.
+    """
+    if plan.interpreted:
+        # The interpreter's tensor cores know no left operand in registers, nor sums that begin with something.
+        left, right = (x if isinstance(x, jax.Array) else plgpu.load(x) for x in (a, b))
+        # Reads of tensor cores, unlike those of threads, need no fence before the copy engine writes again.
+        plgpu.commit_smem()
+        product = jnp.dot(left, right, preferred_element_type=_FLOAT)
+        return product if onto is None else onto + product
+    if onto is None:
+
+        def multiply(sums: Any) -> jax.Array:
+            plgpu.wgmma(sums, a, b)
+            return sums[...]
+
+        result = pl.run_scoped(multiply, _SUMS((a.shape[0], b.shape[1]), _FLOAT))
+    else:
+        result = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(_SUMS.init(onto))
+    return lax.optimization_barrier(result)
+
+
+def _dots(
+    plan: "Plan", *products: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[Any, ...]:
+    """Independent products (a, b) or (a, b, onto) at once, as `_dot` does one, and what `meanwhile` returns.
+
+    The tensor cores work while the threads do `meanwhile`. It must return nothing where there is an `onto`.
+    """
+    if plan.interpreted:
+        return *(_dot(plan, *product) for product in products), meanwhile()
+    shapes = [(a.shape[0], b.shape[1]) for a, b, *_ in products]
+    if all(len(product) == 2 for product in products):
+
+        def multiply(*sums: Any) -> tuple[Any, ...]:
+            for onto, (a, b) in zip(sums, products, strict=True):
+                plgpu.wgmma(onto, a, b)
+            extra = meanwhile()
+            return *(onto[...] for onto in sums), extra
+
+        *results, extra = pl.run_scoped(multiply, *(_SUMS(shape, _FLOAT) for shape in shapes))
+    else:
+
+        def accumulate(sums: Any) -> None:
+            for onto, (a, b, *_) in zip(sums, products, strict=True):
+                plgpu.wgmma(onto, a, b)
+            meanwhile()
+
+        first = [
+            product[2] if len(product) == 3 else _zeros(shape[1])
+            for product, shape in zip(products, shapes, strict=True)
+        ]
+        results, extra = pl.run_state(accumulate)([_SUMS.init(x) for x in first]), None
+    return *lax.optimization_barrier(tuple(results)), extra
+
+
+def _load(ref: Any, layout: Any = _TILE) -> jax.Array:
+    return plgpu.load(ref, layout=layout)
+
+
+def _load_state(ref: Any) -> jax.Array:
+    """A state (columns of V, K) from device memory.
+
+    Inside `shard_map` what is loaded varies over mesh axes by its type, and what is computed in a kernel does not:
+    a loop must not begin with the one and go on with the other. The compiler removes the product.
+    """
+    return plgpu.load(ref, layout=_TILE, optimized=False) * 1.0
+
+
+def _down(row_values: jax.Array, columns: int = CHUNK) -> jax.Array:
+    """One value for each row, repeated along it."""
+    return lax.broadcast_in_dim(row_values, (CHUNK, columns), [0])
+
+
+def _across(column_values: jax.Array) -> jax.Array:
+    """One value for each column, repeated down it."""
+    return lax.broadcast_in_dim(column_values, _SQUARE, [1])
+
+
+def _indices(gamma: Any) -> tuple[jax.Array, jax.Array]:
+    """(row, column) of every entry of a tile.
+
+    Made anew from `gamma`, a chunk's in shared memory: what does not change from chunk to chunk, such as a mask, would
+    be kept in registers that are not there.
+    """
+    # γ is at most 0, which the compiler does not know.
+    zero = jnp.where(gamma[0] > 1.0, 1, 0)
+    row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
+    return row + zero, column + zero
+
+
+def _decay_between(rows: Any, columns: Any) -> jax.Array:
+    """E_ij = 2^(γ_i − γ_j) where i ≥ j, else 0, from a chunk's γ in shared memory, twice."""
+    row, column = _indices(rows)
+    difference = _down(_load(rows, _ROWS)) - _across(_load(columns, _COLUMNS))
+    return jnp.exp2(jnp.where(row >= column, difference, -jnp.inf))
+
+
+def _zeros(columns: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((CHUNK, columns), _FLOAT), _TILE)
+
+
+def _end_together(ended: Any) -> None:
+    plgpu.barrier_arrive(ended)
+    plgpu.barrier_wait(ended)
+
+
+def _pipeline(count: int, stages: int, free: Any, issue: Callable[[Any, Any], None]) -> None:
+    """The mover's loop: asks for item n of `count` as soon as the slot of item n − stages is free."""
+    for n in range(min(stages, count)):
+        issue(n, n)
+
+    @pl.loop(stages, count)
+    def _refill(n: Any) -> None:
+        slot = lax.rem(n, stages)
+        plgpu.barrier_wait(free.at[slot])
+        issue(n, slot)
+
+    for n in range(max(count - stages, 0), count):
+        plgpu.barrier_wait(free.at[n % stages])
+
+
+# T of every chunk ---------------------------------------------------------------------------------------------------
+
+
+def inverse_scratch(plan: Plan) -> dict[str, Any]:
+    """Shared memory of `inverse_body`. A reference has one layout: γ comes once for rows, once for columns."""
+    return {
+        "k": tiled((CHUNK, plan.key_dim), plan.compute),
+        "gamma_rows": plain(CHUNK),
+        "gamma_columns": plain(CHUNK),
+        "root_rows": plain(CHUNK),
+        "root_columns": plain(CHUNK),
+        "factor": tiled(_SQUARE, jnp.float16),
+        "result": tiled(_SQUARE, plan.compute),
+        "came": plgpu.Barrier(num_arrivals=5),
+    }
+
+
+def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_ref: Any, **s: Any) -> None:
+    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype.
+
+    In float16: with unit keys and β ≤ 2 no entry of it, nor of the inverse of any diagonal block, nor of the products
+    on the way is larger than 2, and float16 keeps three bits more than bfloat16.
+    """
+    b, n, g = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("g")
+    tokens = pl.ds(n * CHUNK, CHUNK)
+    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, lax.div(g, plan.share)], s["k"], s["came"])
+    for name in ("gamma_rows", "gamma_columns"):
+        plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens], s[name], s["came"])
+    for name in ("root_rows", "root_columns"):
+        plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["came"])
+    plgpu.barrier_wait(s["came"])
+
+    def prepare() -> jax.Array:
+        roots = _down(_load(s["root_rows"], _ROWS)) * _across(_load(s["root_columns"], _COLUMNS))
+        return _decay_between(s["gamma_rows"], s["gamma_columns"]) * roots
+
+    # Eq. (24), of which only what lies below the diagonal is used.
+    a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
+    a = a * decay
+    row, column = _indices(s["gamma_rows"])
+    inverse = jnp.where(row == column, 1.0, 0.0)
+    block = 1
+    while block < CHUNK:
+        same = lax.div(row, 2 * block) == lax.div(column, 2 * block)
+        below = same & (lax.rem(row, 2 * block) >= block) & (lax.rem(column, 2 * block) < block)
+        corner = jnp.where(below, a, 0.0)
+        if block == 1:
+            inverse = inverse - corner
+        else:
+            half = inverse.astype(jnp.float16)
+            s["factor"][...] = half
+            plgpu.commit_smem()
+            product = _dot(plan, corner.astype(jnp.float16), s["factor"]).astype(jnp.float16)
+            s["factor"][...] = product
+            plgpu.commit_smem()
+            inverse = inverse - _dot(plan, half, s["factor"])
+        block *= 2
+    s["result"][...] = inverse.astype(plan.compute)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(s["result"], inverse_ref.at[b, g, tokens])
+    plgpu.wait_smem_to_gmem(0)
+
+
+# Forward ------------------------------------------------------------------------------------------------------------
+
+
+def _smem_bytes(scratch: dict[str, Any]) -> int:
+    """What the compiler takes for it: every buffer starts at a multiple of 1024 bytes."""
+    sizes = [
+        math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize
+        for buffer in scratch.values()
+        if not isinstance(buffer, plgpu.Barrier)
+    ]
+    return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
+def _fits(scratch: dict[str, Any]) -> bool:
+    return _smem_bytes(scratch) <= SMEM_BYTES - _SMEM_RESERVED
+
+
+def _most_stages(most: int, scratch: Callable[[int], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """The most stages, up to `most`, that fit the shared memory, and their `scratch`."""
+    for stages in range(most, 1, -1):
+        if _fits(scratch(stages)):
+            return stages, scratch(stages)
+    return 1, scratch(1)
+
+
+def forward_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
+    """(stages, copies of what the warpgroups hand over, shared memory) of `forward_body`."""
+    copies = 2 if plan.key_dim <= 128 else 1
+
+    def scratch(stages: int) -> dict[str, Any]:
+        return {
+            "q": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+            "k": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+            "v": tiled((stages, CHUNK, CHUNK), plan.compute),
+            "inverse": tiled((stages, CHUNK, CHUNK), plan.compute),
+            "state_gamma": plain(stages, CHUNK),
+            "state_root": plain(stages, CHUNK),
+            "gamma_rows": plain(stages, CHUNK),
+            "gamma_columns": plain(stages, CHUNK),
+            "state": tiled((copies, CHUNK, plan.key_dim), plan.compute),
+            "written": tiled((copies, CHUNK, CHUNK), plan.compute),
+            "o": tiled((copies, CHUNK, CHUNK), plan.compute),
+            "came": plgpu.Barrier(num_arrivals=8, num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "handed": plgpu.Barrier(num_barriers=copies),
+            "taken": plgpu.Barrier(num_barriers=copies),
+            "ended": plgpu.Barrier(num_arrivals=3),
+        }
+
+    stages, buffers = _most_stages(4, scratch)
+    return stages, copies, buffers
+
+
+def forward_body(
+    plan: Plan,
+    stages: int,
+    copies: int,
+    has_state: bool,
+    save_states: bool,
+    *refs: Any,
+    **s: Any,
+) -> None:
+    """o, the final state (B, G, V, K) and, if they are saved, the states that enter the chunks (B, G, N, V, K)."""
+    q_ref, k_ref, v_ref, inverse_ref, gamma_ref, root_ref, *rest = refs
+    first_ref = rest.pop(0) if has_state else None
+    o_ref, final_ref, *rest = rest
+    states_ref = rest.pop(0) if save_states else None
+    b, g, slab = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("v")
+    h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 2)
+    def _move() -> None:
+        plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
+
+        def issue(n: Any, slot: Any) -> None:
+            tokens, came = pl.ds(n * CHUNK, CHUNK), s["came"].at[slot]
+            for source, name in (
+                (q_ref.at[b, tokens, h], "q"),
+                (k_ref.at[b, tokens, h], "k"),
+                (v_ref.at[b, tokens, g, columns], "v"),
+                (inverse_ref.at[b, g, tokens], "inverse"),
+                (gamma_ref.at[b, g, tokens], "state_gamma"),
+                (gamma_ref.at[b, g, tokens], "gamma_rows"),
+                (gamma_ref.at[b, g, tokens], "gamma_columns"),
+                (root_ref.at[b, g, tokens], "state_root"),
+            ):
+                plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
+
+        _pipeline(plan.chunks, stages, s["free"], issue)
+
+    @pl.when(warpgroup == 0)
+    def _walk() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        first = _zeros(plan.key_dim) if first_ref is None else _load_state(first_ref.at[b, g, columns])
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            plgpu.barrier_wait(s["came"].at[slot])
+            low = state.astype(plan.compute)
+
+            def keep() -> None:
+                @pl.when(n >= copies)
+                def _() -> None:
+                    plgpu.barrier_wait(s["taken"].at[copy])
+
+                if save_states:
+                    plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
+                s["state"].at[copy][...] = low
+
+            if plan.wide:
+                keep()
+                plgpu.commit_smem()
+                low = s["state"].at[copy]
+
+            def prepare() -> tuple[jax.Array, ...]:
+                if not plan.wide:
+                    keep()
+                gamma = _load(s["state_gamma"].at[slot], _COLUMNS)
+                root = _load(s["state_root"].at[slot], _COLUMNS)
+                offered = _load(s["v"].at[slot].T).astype(_FLOAT) * _across(root)
+                return offered, root * jnp.exp2(gamma), gamma, root
+
+            recalled, (offered, taking, gamma, root) = _dots(
+                plan, (low, s["k"].at[slot].T), meanwhile=prepare
+            )
+            missing = (offered - recalled * _across(taking)).astype(plan.compute)
+
+            def fade() -> tuple[jax.Array, ...]:
+                last = s["state_gamma"][slot, CHUNK - 1]
+                return jnp.exp2(last - gamma), state * jnp.exp2(last)
+
+            # Eq. (6).
+            written, (fading, kept) = _dots(plan, (missing, s["inverse"].at[slot].T), meanwhile=fade)
+            written = written * _across(root)
+
+            def hand_over() -> None:
+                s["written"].at[copy].T[...] = written.astype(plan.compute)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["handed"].at[copy])
+                if states_ref is not None:
+                    plgpu.copy_smem_to_gmem(s["state"].at[copy], states_ref.at[b, g, n, columns])
+
+            # Eq. (8).
+            faded = (written * _across(fading)).astype(plan.compute)
+            state, _ = _dots(plan, (faded, s["k"].at[slot], kept), meanwhile=hand_over)
+            plgpu.barrier_arrive(s["free"].at[slot])
+            return state
+
+        final = lax.fori_loop(0, plan.chunks, step, first)
+        for n in range(max(plan.chunks - copies, 0), plan.chunks):
+            plgpu.barrier_wait(s["taken"].at[n % copies])
+        final_ref.at[b, g, columns][...] = final
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 1)
+    def _read() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def step(n: Any, carry: None) -> None:
+            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            plgpu.barrier_wait(s["came"].at[slot])
+
+            def prepare() -> tuple[jax.Array, jax.Array]:
+                rows = s["gamma_rows"].at[slot]
+                decay = _decay_between(rows, s["gamma_columns"].at[slot])
+                return decay * plan.scale, jnp.exp2(_load(rows, _ROWS)) * plan.scale
+
+            scores, (decay, from_start) = _dots(plan, (s["q"].at[slot], s["k"].at[slot].T), meanwhile=prepare)
+            scores = (scores * decay).astype(plan.compute)
+            plgpu.barrier_wait(s["handed"].at[copy])
+            # Eq. (7).
+            o = _dot(plan, s["q"].at[slot], s["state"].at[copy].T) * _down(from_start)
+            o = _dot(plan, scores, s["written"].at[copy], o)
+            plgpu.barrier_arrive(s["taken"].at[copy])
+            plgpu.barrier_arrive(s["free"].at[slot])
+            plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
+            s["o"].at[copy][...] = o.astype(plan.compute)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s["o"].at[copy], o_ref.at[b, pl.ds(n * CHUNK, CHUNK), g, columns])
+            return carry
+
+        lax.fori_loop(0, plan.chunks, step, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    _end_together(s["ended"])
+
+
+# Backward: the walk ---------------------------------------------------------------------------------------------------
+
+
+def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
+    """(stages, copies of what the warpgroups hand over, shared memory) of `backward_walk_body`."""
+    copies = 2 if plan.key_dim <= 128 else 1
+
+    def scratch(stages: int) -> dict[str, Any]:
+        return {
+            "q": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+            "k": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+            "do": tiled((stages, CHUNK, CHUNK), plan.compute),
+            "inverse": tiled((stages, CHUNK, CHUNK), plan.compute),
+            "walk_gamma": plain(stages, CHUNK),
+            "walk_root": plain(stages, CHUNK),
+            "gamma_rows": plain(stages, CHUNK),
+            "gamma_columns": plain(stages, CHUNK),
+            "dstate": tiled((copies, CHUNK, plan.key_dim), plan.compute),
+            "dv": tiled((copies, CHUNK, CHUNK), plan.compute),
+            "scores": tiled((copies, CHUNK, CHUNK), plan.compute),
+            "came": plgpu.Barrier(num_arrivals=8, num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "handed": plgpu.Barrier(num_barriers=copies),
+            "taken": plgpu.Barrier(num_barriers=copies),
+            "ended": plgpu.Barrier(num_arrivals=3),
+        }
+
+    stages, buffers = _most_stages(4, scratch)
+    return stages, copies, buffers
+
+
+def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: Any) -> None:
+    """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and that of the first state."""
+    q_ref, k_ref, do_ref, inverse_ref, gamma_ref, root_ref, dfinal_ref, dv_ref, dstates_ref, dfirst_ref = refs
+    b, g, slab = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("v")
+    h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
+    warpgroup = lax.axis_index("warpgroup")
+    last_chunk = plan.chunks - 1
+
+    @pl.when(warpgroup == 2)
+    def _move() -> None:
+        plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
+
+        def issue(n: Any, slot: Any) -> None:
+            tokens, came = pl.ds((last_chunk - n) * CHUNK, CHUNK), s["came"].at[slot]
+            for source, name in (
+                (q_ref.at[b, tokens, h], "q"),
+                (k_ref.at[b, tokens, h], "k"),
+                (do_ref.at[b, tokens, g, columns], "do"),
+                (inverse_ref.at[b, g, tokens], "inverse"),
+                (gamma_ref.at[b, g, tokens], "walk_gamma"),
+                (gamma_ref.at[b, g, tokens], "gamma_rows"),
+                (gamma_ref.at[b, g, tokens], "gamma_columns"),
+                (root_ref.at[b, g, tokens], "walk_root"),
+            ):
+                plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
+
+        _pipeline(plan.chunks, stages, s["free"], issue)
+
+    @pl.when(warpgroup == 0)
+    def _walk() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def step(n: Any, dstate: jax.Array) -> jax.Array:
+            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            plgpu.barrier_wait(s["came"].at[slot])
+            low = dstate.astype(plan.compute)
+
+            def keep() -> None:
+                plgpu.wait_smem_to_gmem(2 * (copies - 1), wait_read_only=True)
+                s["dstate"].at[copy][...] = low
+
+            if plan.wide:
+                keep()
+                plgpu.commit_smem()
+                low = s["dstate"].at[copy]
+
+            def prepare() -> tuple[jax.Array, ...]:
+                if not plan.wide:
+                    keep()
+                gamma = _load(s["walk_gamma"].at[slot], _COLUMNS)
+                last = s["walk_gamma"][slot, CHUNK - 1]
+                from_start = jnp.exp2(gamma)
+                read = _load(s["do"].at[slot].T).astype(_FLOAT) * _across(from_start * plan.scale)
+                root = _load(s["walk_root"].at[slot], _COLUMNS)
+                return read.astype(plan.compute), from_start, jnp.exp2(last - gamma), jnp.exp2(last), root
+
+            plgpu.barrier_wait(s["handed"].at[copy])
+            kept, here, (read, from_start, to_end, through, root) = _dots(
+                plan,
+                (low, s["k"].at[slot].T),
+                (s["do"].at[slot].T, s["scores"].at[copy]),
+                meanwhile=prepare,
+            )
+            dwritten = (kept * _across(to_end) + here) * _across(root)
+            plgpu.barrier_arrive(s["taken"].at[copy])
+            # Eq. (12), and the first half of eq. (11).
+            dmissing, dstate, _ = _dots(
+                plan,
+                (dwritten.astype(plan.compute), s["inverse"].at[slot]),
+                (read, s["q"].at[slot], dstate * through),
+            )
+            dv = dmissing * _across(root)
+            drecalled = (dv * _across(from_start * -1.0)).astype(plan.compute)
+
+            def store() -> None:
+                s["dv"].at[copy].T[...] = dv.astype(plan.compute)
+                plgpu.commit_smem()
+                chunk = last_chunk - n
+                plgpu.copy_smem_to_gmem(s["dstate"].at[copy], dstates_ref.at[b, g, chunk, columns])
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(s["dv"].at[copy], dv_ref.at[b, tokens, g, columns])
+
+            # The other half.
+            dstate, _ = _dots(plan, (drecalled, s["k"].at[slot], dstate), meanwhile=store)
+            plgpu.barrier_arrive(s["free"].at[slot])
+            return dstate
+
+        dfinal = _load_state(dfinal_ref.at[b, g, columns])
+        dfirst = lax.fori_loop(0, plan.chunks, step, dfinal)
+        dfirst_ref.at[b, g, columns][...] = dfirst
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 1)
+    def _score() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def step(n: Any, carry: None) -> None:
+            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            plgpu.barrier_wait(s["came"].at[slot])
+
+            def prepare() -> jax.Array:
+                return _decay_between(s["gamma_rows"].at[slot], s["gamma_columns"].at[slot]) * plan.scale
+
+            scores, decay = _dots(plan, (s["q"].at[slot], s["k"].at[slot].T), meanwhile=prepare)
+            scores = scores * decay
+
+            @pl.when(n >= copies)
+            def _() -> None:
+                plgpu.barrier_wait(s["taken"].at[copy])
+
+            s["scores"].at[copy][...] = scores.astype(plan.compute)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["handed"].at[copy])
+            plgpu.barrier_arrive(s["free"].at[slot])
+            return carry
+
+        lax.fori_loop(0, plan.chunks, step, None)
+        for n in range(max(plan.chunks - copies, 0), plan.chunks):
+            plgpu.barrier_wait(s["taken"].at[n % copies])
+
+    _end_together(s["ended"])
+
+
+# Backward: the gradients of every chunk -------------------------------------------------------------------------------
+
+# What log α and β get, token by token, as sums of products with the rows of q, k or v. All but the last are sums
+# over K and come in parts, one for each block of keys' columns; the last is whole in every block.
+SHARES = ("query", "states", "key_in", "key_read", "key_written", "out", "writes")
+
+
+def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
+    """(stages of a slab of V's columns, copies handed over, shared memory) of `gradients_body`."""
+    width, blocks = plan.key_block, plan.key_dim // plan.key_block
+
+    def scratch(slabs: int, copies: int) -> dict[str, Any]:
+        return {
+            "q": tiled((blocks, CHUNK, width), plan.compute),
+            "k": tiled((blocks, CHUNK, width), plan.compute),
+            "inverse": tiled(_SQUARE, plan.compute),
+            "query_gamma": plain(CHUNK),
+            "query_gamma_columns": plain(CHUNK),
+            "key_gamma": plain(CHUNK),
+            "root": plain(CHUNK),
+            "v": tiled((slabs, CHUNK, CHUNK), plan.compute),
+            "do": tiled((slabs, CHUNK, CHUNK), plan.compute),
+            "dv": tiled((slabs, CHUNK, CHUNK), plan.compute),
+            "state": tiled((slabs, blocks, CHUNK, width), plan.compute),
+            "dstate": tiled((slabs, CHUNK, width), plan.compute),
+            "missing": tiled(_SQUARE, plan.compute),
+            "written": tiled((copies, CHUNK, CHUNK), plan.compute),
+            "dscores": tiled(_SQUARE, plan.compute),
+            "dgram": tiled(_SQUARE, plan.compute),
+            "dq": tiled((CHUNK, width), plan.compute),
+            "dk": tiled((CHUNK, width), plan.compute),
+            "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 5),
+            "chunk_free": plgpu.Barrier(num_arrivals=2),
+            "slab_came": plgpu.Barrier(num_arrivals=4 + blocks, num_barriers=slabs),
+            "slab_free": plgpu.Barrier(num_arrivals=2, num_barriers=slabs),
+            "handed": plgpu.Barrier(num_barriers=copies),
+            "taken": plgpu.Barrier(num_barriers=copies),
+            "pairs_handed": plgpu.Barrier(),
+            "pairs_taken": plgpu.Barrier(),
+            "ended": plgpu.Barrier(num_arrivals=3),
+            "shares": plain(len(SHARES), CHUNK),
+        }
+
+    # A slab on its way while another is worked on is worth more than a second copy of what is handed over.
+    for slabs, copies in ((2, 2), (2, 1), (1, 2)):
+        if _fits(scratch(slabs, copies)):
+            return slabs, copies, scratch(slabs, copies)
+    return 1, 1, scratch(1, 1)
+
+
+def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any, **s: Any) -> None:
+    """dq and dk of each value head (B, T, G, K), and `SHARES` (blocks of K, B, G, shares, T), of `chunks` chunks."""
+    (q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, gamma_ref, root_ref) = refs[
+        :10
+    ]
+    dq_ref, dk_ref, shares_ref = refs[10:]
+    b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
+    h = lax.div(g, plan.share)
+    warpgroup = lax.axis_index("warpgroup")
+    width, blocks, slabs = plan.key_block, plan.key_dim // plan.key_block, plan.slabs
+    # The program's own block of keys' columns comes first.
+    key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
+    first_chunk = run * chunks
+
+    def put(name: str, values: jax.Array) -> None:
+        # The index is made here, where it is used: `run_state` does not lower with one from outside (jax 0.11.2).
+        s["shares"].at[SHARES.index(name)][...] = values
+
+    # Zero, but as a value: `run_state` does not lower with a constant among the indices (jax 0.11.2).
+    own = lax.rem(block, 1)
+
+    def tokens(c: Any) -> Any:
+        return pl.ds((first_chunk + c) * CHUNK, CHUNK)
+
+    def recall(state: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
+        """k @ stateᵀ, both in blocks of keys' columns, and what `meanwhile` returns."""
+        total, extra = _dots(plan, (s["k"].at[own], state.at[own].T), meanwhile=meanwhile)
+        for i in range(1, blocks):
+            total = _dot(plan, s["k"].at[own + i], state.at[own + i].T, total)
+        return total, extra
+
+    def send(c: Any, names: tuple[str, ...]) -> None:
+        for i in map(SHARES.index, names):
+            target = shares_ref.at[block, b, g, i, tokens(c)]
+            plgpu.copy_smem_to_gmem(s["shares"].at[i], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+    @pl.when(warpgroup == 2)
+    def _move() -> None:
+        plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
+
+        def issue_chunk(c: Any) -> None:
+            came = s["chunk_came"]
+            for i, columns in enumerate(key_columns):
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], came)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(c), h, columns], s["k"].at[i], came)
+            plgpu.copy_gmem_to_smem(inverse_ref.at[b, g, tokens(c)], s["inverse"], came)
+            plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens(c)], s["root"], came)
+            for name in ("query_gamma", "query_gamma_columns", "key_gamma"):
+                plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens(c)], s[name], came)
+
+        @pl.loop(0, chunks)
+        def _chunk(c: Any) -> None:
+            for j in range(slabs):
+                item = c * slabs + j
+                slot = lax.rem(item, stages)
+
+                @pl.when(item >= stages)
+                def _(slot: Any = slot) -> None:
+                    plgpu.barrier_wait(s["slab_free"].at[slot])
+
+                rows, came = pl.ds(j * CHUNK, CHUNK), s["slab_came"].at[slot]
+                for ref, name in ((v_ref, "v"), (do_ref, "do"), (dv_ref, "dv")):
+                    plgpu.copy_gmem_to_smem(ref.at[b, tokens(c), g, rows], s[name].at[slot], came)
+                for i, columns in enumerate(key_columns):
+                    source = states_ref.at[b, g, first_chunk + c, rows, columns]
+                    plgpu.copy_gmem_to_smem(source, s["state"].at[slot, i], came)
+                source = dstates_ref.at[b, g, first_chunk + c, rows, key_columns[0]]
+                plgpu.copy_gmem_to_smem(source, s["dstate"].at[slot], came)
+                # The first slab's place is free long before the chunk's.
+                if j == 0:
+
+                    @pl.when(c > 0)
+                    def _() -> None:
+                        plgpu.barrier_wait(s["chunk_free"])
+
+                    issue_chunk(c)
+
+        plgpu.barrier_wait(s["chunk_free"])
+        for item in range(max(chunks * slabs - stages, 0), chunks * slabs):
+            plgpu.barrier_wait(s["slab_free"].at[item % stages])
+
+    @pl.when(warpgroup == 0)
+    def _queries() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def chunk(c: Any, carry: None) -> None:
+            plgpu.barrier_wait(s["chunk_came"])
+            dq, flow = _zeros(width), _zeros(CHUNK)
+            dscores, dpairs = _zeros(CHUNK), _zeros(CHUNK)
+            for j in range(slabs):
+                item = c * slabs + j
+                slot, copy = lax.rem(item, stages), lax.rem(item, copies)
+                plgpu.barrier_wait(s["slab_came"].at[slot])
+                state, do = s["state"].at[slot, own], s["do"].at[slot]
+                # Of the second only the diagonal counts: ⟨dS', S⟩, column by column of V.
+                dq, flow, _ = _dots(plan, (do, state, dq), (state, s["dstate"].at[slot].T, flow))
+                plgpu.barrier_wait(s["handed"].at[copy])
+                written = s["written"].at[copy].T
+                dscores, dpairs, _ = _dots(plan, (do, written, dscores), (s["dv"].at[slot], written, dpairs))
+                plgpu.barrier_arrive(s["taken"].at[copy])
+                plgpu.barrier_arrive(s["slab_free"].at[slot])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            row, column = _indices(s["query_gamma"])
+            diagonal = row == column
+            through = jnp.exp2(s["query_gamma"][CHUNK - 1])
+            put("states", jnp.sum(jnp.where(diagonal, flow, 0.0), axis=1) * through)
+            put("writes", jnp.sum(jnp.where(diagonal, dpairs, 0.0), axis=1))
+            gamma = _load(s["query_gamma"], _ROWS)
+            decay = _decay_between(s["query_gamma"], s["query_gamma_columns"])
+            # Eq. (13) and (14); dv has β in it.
+            low = (dscores * (decay * plan.scale)).astype(plan.compute)
+            dgram = jnp.where(row > column, dpairs * decay * -1.0, 0.0).astype(plan.compute)
+
+            @pl.when(c > 0)
+            def _() -> None:
+                plgpu.barrier_wait(s["pairs_taken"])
+
+            s["dscores"][...] = low
+            s["dgram"][...] = dgram
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["pairs_handed"])
+            dq = dq * _down(jnp.exp2(gamma) * plan.scale, width)
+            dq = _dot(plan, low, s["k"].at[own], dq)
+            put("query", jnp.sum(dq * _load(s["q"].at[own]).astype(_FLOAT), axis=1))
+            plgpu.barrier_arrive(s["chunk_free"])
+            s["dq"][...] = dq.astype(plan.compute)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s["dq"], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False)
+            send(c, ("query", "states", "writes"))
+            return carry
+
+        lax.fori_loop(0, chunks, chunk, None)
+        plgpu.barrier_wait(s["pairs_taken"])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 1)
+    def _keys() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def chunk(c: Any, carry: None) -> None:
+            plgpu.barrier_wait(s["chunk_came"])
+            # What dk gets through the states that enter and leave the chunk, before their decays.
+            dk_in, dk_out = _zeros(width), _zeros(width)
+            for j in range(slabs):
+                item = c * slabs + j
+                slot, copy = lax.rem(item, stages), lax.rem(item, copies)
+                plgpu.barrier_wait(s["slab_came"].at[slot])
+
+                def prepare(slot: Any = slot) -> tuple[jax.Array, jax.Array]:
+                    gamma, root = _load(s["key_gamma"], _ROWS), _load(s["root"], _ROWS)
+                    return _load(s["v"].at[slot]).astype(_FLOAT) * _down(root), root * jnp.exp2(gamma)
+
+                recalled, (offered, taking) = recall(s["state"].at[slot], prepare)
+                s["missing"][...] = (offered - recalled * _down(taking)).astype(plan.compute)
+                plgpu.commit_smem()
+                # Eq. (6) once more.
+                written, dk_in, _ = _dots(
+                    plan,
+                    (s["inverse"], s["missing"]),
+                    (s["dv"].at[slot], s["state"].at[slot, own], dk_in),
+                )
+
+                @pl.when(item >= copies)
+                def _(copy: Any = copy) -> None:
+                    plgpu.barrier_wait(s["taken"].at[copy])
+
+                written = written * _down(_load(s["root"], _ROWS))
+                s["written"].at[copy][...] = written.astype(plan.compute)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["handed"].at[copy])
+                dk_out, _ = _dots(plan, (s["written"].at[copy], s["dstate"].at[slot], dk_out))
+                plgpu.barrier_arrive(s["slab_free"].at[slot])
+            gamma, last = _load(s["key_gamma"], _ROWS), s["key_gamma"][CHUNK - 1]
+            dk_in = dk_in * _down(jnp.exp2(gamma) * -1.0, width)
+            dk_out = dk_out * _down(jnp.exp2(last - gamma), width)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def by_key(dk: jax.Array) -> jax.Array:
+                return jnp.sum(dk * _load(s["k"].at[own]).astype(_FLOAT), axis=1)
+
+            # One sum at a time joins `dk`: what does not fit the registers goes through L2 and takes ten times as long.
+            put("out", by_key(dk_out))
+            put("key_in", by_key(dk_in))
+            dk = dk_in + dk_out
+            plgpu.barrier_wait(s["pairs_handed"])
+            # Eq. (14): what a token reads of others through its key, and what others read of it.
+            more = _dot(plan, s["dgram"], s["k"].at[own])
+            put("key_read", by_key(more))
+            dk = dk + more
+            more = _dot(plan, s["dgram"].T, s["k"].at[own])
+            more = _dot(plan, s["dscores"].T, s["q"].at[own], more)
+            put("key_written", by_key(more))
+            dk = dk + more
+            plgpu.barrier_arrive(s["pairs_taken"])
+            plgpu.barrier_arrive(s["chunk_free"])
+            s["dk"][...] = dk.astype(plan.compute)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s["dk"], dk_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False)
+            send(c, ("key_in", "key_read", "key_written", "out"))
+            return carry
+
+        lax.fori_loop(0, chunks, chunk, None)
+        for item in range(max(chunks * slabs - copies, 0), chunks * slabs):
+            plgpu.barrier_wait(s["taken"].at[item % copies])
+        plgpu.wait_smem_to_gmem(0)
+
+    _end_together(s["ended"])

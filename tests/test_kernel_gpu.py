@@ -1,0 +1,146 @@
+"""The Hopper kernels, interpreted: values, gradients, races, and composition.
+
+The interpreter knows nothing of what a GPU cannot do; `kernels_pallas.gated_delta_rule.bench` runs them on one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from kernel_operands import assert_near, defined, documents, forward_and_gradients, rounded
+
+from kernels_pallas import gated_delta_rule, gated_delta_rule_from_gates
+from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel, tiling
+
+# Memory that begins as NaN; a race or a read past the end raises.
+STRICT = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+KERNEL = functools.partial(gated_delta_rule, implementation="mosaic_gpu")
+REFERENCE = functools.partial(gated_delta_rule, implementation="reference")
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """Newer jax raises where it finds a race, older only prints."""
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def interpreted(op, x, params=STRICT):
+    with plgpu.force_gpu_interpret_mode(params):
+        result = jax.jit(functools.partial(forward_and_gradients, op))(x)
+        return jax.tree.map(np.asarray, result)
+
+
+# name: ((B, T, H, G, K, V), what is hard, options)
+CASES = {
+    "one_token": ((1, 1, 1, 1, 64, 64), {}, {}),
+    "grouped_and_odd_sizes": ((1, 130, 1, 2, 60, 20), {}, {}),
+    "correlated": ((1, 96, 1, 1, 64, 64), {"keys": "correlated", "beta_max": 1.0}, {}),
+    "extreme_decay": ((1, 128, 1, 1, 128, 64), {"decay": "extreme"}, {"qk_norm_eps": 1e-6}),
+    "wide_values": ((1, 64, 1, 1, 64, 128), {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_definition(case):
+    shape, hard, options = CASES[case]
+    x = rounded(shape, "bfloat16", **hard)
+    actual = interpreted(functools.partial(KERNEL, **options), x)
+    wanted = defined(functools.partial(REFERENCE, **options), x)
+    assert actual["o"].dtype == "bfloat16"
+    assert actual["final_state"].dtype == "float32"
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], "bfloat16")
+
+
+def test_gates_norm_documents_and_padding_inside():
+    """Gates made inside, documents that begin inside a chunk and at its edge, padding of NaN, no initial state."""
+    x, poisoned, segment_ids = (jax.tree.map(jnp.asarray, y) for y in documents())
+    half = {name: y.astype(jnp.bfloat16) if name in "qkv" else y for name, y in poisoned.items()}
+    x = {name: y.astype(jnp.bfloat16) if name in "qkv" else y for name, y in x.items()}
+    op = functools.partial(
+        gated_delta_rule_from_gates, segment_ids=segment_ids, qk_norm_eps=1e-6, beta_max=2.0
+    )
+    actual = interpreted(functools.partial(op, implementation="mosaic_gpu"), half)
+    wanted = defined(functools.partial(op, implementation="reference"), x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], "bfloat16")
+
+
+def test_beta_of_zero_and_decay_to_nothing():
+    """What the kernels divide by is never zero, and what they forget is never infinite."""
+    x = rounded((1, 64, 1, 1, 64, 64), "bfloat16", seed=4)
+    at = np.arange(64)
+    x["beta"] = jnp.where((at % 5 == 0)[None, :, None], 0.0, x["beta"])
+    x["log_decay"] = jnp.where((at % 7 == 0)[None, :, None], -1e4, x["log_decay"])
+    actual, wanted = interpreted(KERNEL, x), defined(REFERENCE, x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], "bfloat16")
+
+
+def test_a_planted_race_is_found(monkeypatch, capfd):
+    """Were nothing ordered before the copy engine reads it, what the threads write would be on its way."""
+    monkeypatch.setattr(mosaic_gpu_kernel.plgpu, "commit_smem", lambda: None)
+    x = rounded((1, 64, 1, 1, 64, 64), "bfloat16")
+    with plgpu.force_gpu_interpret_mode(STRICT):
+        try:
+            jax.block_until_ready(KERNEL(**x, return_final_state=True))
+            found = capfd.readouterr().out
+        except jax.errors.JaxRuntimeError as error:
+            found = str(error)
+    assert "RACE DETECTED" in found.upper()
+
+
+def test_composes_with_vmap_and_shard_map():
+    """A batch of calls inside a shard_map, its checks on, equals one call of all sequences."""
+    x = rounded((2, 40, 1, 1, 64, 64), "bfloat16", seed=7)
+
+    def one(x):
+        return jax.tree.map(
+            lambda y: y[0], KERNEL(**{name: y[None] for name, y in x.items()}, return_final_state=True)
+        )
+
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    data = PartitionSpec("data")
+    split = jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=data, out_specs=data)
+    composed = interpreted(lambda return_final_state, **x: split(x), x)
+    for name, value in interpreted(KERNEL, x).items():
+        np.testing.assert_array_equal(composed[name], value, name)
+
+
+def test_saves_states_and_inverses_only():
+    """Beyond its inputs: 2·K·V/C + 2·C bytes per token and value head."""
+    x = rounded((1, 192, 1, 2, 64, 128), "bfloat16")
+    with plgpu.force_gpu_interpret_mode(STRICT):
+        _, vjp = jax.eval_shape(functools.partial(jax.vjp, lambda x: KERNEL(**x)[0]), x)
+    saved = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(vjp))
+    inputs = sum(y.size * y.dtype.itemsize for y in x.values())
+    assert saved - inputs == 2 * 192 * 2 * (64 * 128 // 64 + 64)
+
+
+def test_refuses_by_name():
+    x = rounded((1, 8, 1, 2, 64, 64), "bfloat16")
+    with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
+        KERNEL(**x)
+    with plgpu.force_gpu_interpret_mode(STRICT):
+        whole = x | {name: x[name].astype("float32") for name in "qkv"}
+        with pytest.raises(NotImplementedError, match="all be bfloat16; got float32"):
+            KERNEL(**whole)
+        wide = rounded((1, 8, 1, 1, 300, 64), "bfloat16")
+        with pytest.raises(NotImplementedError, match="K must be at most 256; got 300"):
+            KERNEL(**wide)
+        # Named implementations never fall back; None does not take an interpreter.
+        assert np.isfinite(np.asarray(gated_delta_rule(**x)[0], np.float32)).all()
+
+
+@pytest.mark.parametrize(("chunks", "rows"), [(64, 64), (256, 16), (7, 3), (1, 1), (1024, 2)])
+def test_a_program_does_whole_chunks(chunks, rows):
+    run = tiling.gpu_run(chunks, rows)
+    assert chunks % run == 0
+    # No multiprocessor is left without work that another still has twice.
+    assert run == 1 or chunks // run * rows >= 66
