@@ -21,6 +21,8 @@ def folder(tmp_path_factory):
     ledger = folder / "ledger"
     ledger.mkdir()
     (ledger / "sweep.json").write_text(json.dumps({"steps": 3}))
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text(json.dumps({"steps": 3}))
     return folder
 
 
@@ -32,6 +34,26 @@ WRONG = [
     (
         "sweep --out {0}/o --learning-rates x",
         "--learning-rates must be numbers, 2^-7 or 2^-9..2^-5; got 'x'.",
+    ),
+    ("sweep --out {0}/o --learning-rates 2^99999", "--learning-rates must be positive and finite; got inf."),
+    (
+        "sweep --out {0}/o --shifts sp=-100000",
+        "--shifts must be PRESET=OCTAVES, such as sp=-1; got 'sp=-100000'.",
+    ),
+    ("sweep --out {0}/o --shifts sp=-900", "learning rates of sp at width 128 must be a float32"),
+    (
+        "sweep --out {0}/o --shifts sp=900 --widths 64 1024",
+        "sp at width 1024 must be positive and finite; got inf.",
+    ),
+    ("sweep --out {0}/o --shifts sp=-1 sp=-2", "--shifts must name a preset once; got sp twice."),
+    (
+        "sweep --out {0}/o --grids sp@64=1 sp@64=2",
+        "--grids must name a preset and width once; got sp@64 twice.",
+    ),
+    ("sweep --out {0}/o --model.mlp-ratio inf", "--model.mlp-ratio must be positive and finite; got inf."),
+    (
+        "sweep --out {0}/o --optimizer.epsilon inf",
+        "--optimizer.epsilon must be positive and finite; got inf.",
     ),
     ("sweep --out {0}/o --presets mupp", "invalid choice 'mupp' for argument '--presets'"),
     ("sweep --out {0}/o --presets sp_embedding --model.tie-embedding", "use tie_embedding=False"),
@@ -55,10 +77,26 @@ WRONG = [
     ("train --out {0}/o --width 0", "--width must be positive; got 0."),
     ("train --out {0}/o --learning-rate -1", "--learning-rate must be positive and finite; got -1."),
     ("train --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),
+    ("train --out {0}/o --learning-rate 1e39", "must be a float32, from 1.2e-38 to 3.4e+38; got 1e+39."),
+    ("train --out {0}/o --width 100", "Use a multiple of 32"),
+    ("train --out {0}/file/o", "--out must be a folder that can be written"),
+    ("train --out {0}/run", "was begun with another configuration"),
+    ("train --out {0}/o --data.corpus {0}/binary.txt", "binary.txt"),
     ("train --out {0}/o --data.sequence-length 0", "sequence_length must be at least 2; got 0."),
     ("train --out {0}/o --preset standard", "invalid choice 'standard'"),
     ("coord-check --out {0}/o --widths 64 128", "Use 64 128 256 512."),
     ("coord-check --out {0}/o --seeds 0", "--seeds must be at least 3"),
+    ("coord-check --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),
+    (
+        "coord-check --out {0}/o --model.tie-embedding",
+        "leave --model.compute-dtype and --model.tie-embedding away",
+    ),
+    ("coord-check --out {0}/o --optimizer.weight-decay 0.1", "trains without schedule, clip or weight decay"),
+    ("coord-check --out {0}/o --data.corpus {0}/missing.txt", "missing.txt', which does not exist"),
+    (
+        "coord-check --out {0}/file/o --data.corpus {0}/corpus.txt --data.sequence-length 16",
+        "--out must be a folder",
+    ),
     ("report {0}/nowhere", "does not exist"),
     ("show-rules --width 100", "Use a multiple of 32"),
     ("", "Expected one of"),

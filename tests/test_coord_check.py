@@ -1,5 +1,11 @@
 """The coordinate check measures what it says; the whole check is a slow test and a command."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +14,8 @@ from flax import nnx
 
 from gdn_jax import GDNConfig, GDNLanguageModel, mup
 from gdn_jax.mup.coord_check import Tokens, _check_of, measure
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 BASE = GDNConfig(
     width=16,
@@ -125,6 +133,46 @@ def test_update_of_a_matrix_recomputed_by_hand():
     effect = jnp.abs(seen["final_norm"] @ (0.02 * jnp.sign(gradient))).mean()
     assert _size(rows, "update", "readout", 1) == pytest.approx(float(effect), rel=1e-4)
     assert _size(rows, "update", "layers/mixer/b/kernel", 1) == 0.0
+
+
+def _coord_check(folder, *words):
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "coord-check", "--out", str(folder), *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "coord.json").read_text())
+
+
+# Heads that grow from width 64; head dims that grow, with enough heads for the gates' statistics, from 128.
+CHECKS = {
+    "heads": "",
+    "head_dim": "--model.key-dim 32 --model.value-dim 32 --model.value-heads 8 --widths 128 256 512 1024 "
+    "--data.sequence-length 64 --seeds 0 1 2 3 4 5",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("regime", CHECKS)
+def test_mup_passes_its_controls_fail_and_the_papers_code_freezes(tmp_path, regime):
+    words = ["--presets", "mup", "sp", "paper_code", "--model.regime", regime, *CHECKS[regime].split()]
+    analysis = _coord_check(tmp_path, *words)
+    assert analysis["passed"] is True
+    assert all(control["fails"] for control in analysis["controls"])
+    slopes = {"mup": [], "paper_code": []}
+    for entry in analysis["entries"]:
+        frozen = any(word in entry["quantity"] for word in ("conv", "gain"))
+        if entry["kind"] == "update" and frozen and entry["preset"] in slopes:
+            slopes[entry["preset"]].append(entry["slope"])
+    assert len(slopes["mup"]) == len(slopes["paper_code"]) == 14
+    # 1 / width: what MUP's table avoids.
+    assert max(slopes["paper_code"]) < -0.8
+    assert max(map(abs, slopes["mup"])) < 0.15
 
 
 def test_wrong_input():

@@ -7,11 +7,14 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 from rich.console import Console
 
+from train.config import ModelOptions, OptimizerOptions
 from train.coord_analysis import slope_of
 from train.coord_bounds import QUANTITIES, bound_for, update_sort
 from train.coord_report import analyse_coord, coord_table, write_coord_report
+from train.coord_run import CoordOptions, run_coord_check
 
 UPDATES = (
     "embedding",
@@ -301,6 +304,29 @@ def test_figure_and_table_of_many_presets(tmp_path):
     assert "must fail: yes" in shown
     assert "must fail: NO" not in shown
     assert "Coordinate check passed." in shown
+
+
+@pytest.mark.parametrize(
+    ("planted", "code"),
+    [({}, 0), ({("mup", "change", "v"): 0.3}, 1), ({("sp", "change", "gate_b"): 0.0}, 1)],
+    ids=["right", "mup_fails", "a_control_passes"],
+)
+def test_exit_code(planted, code, tmp_path, monkeypatch):
+    rows = measured(planted=planted)
+
+    def planted_rows(config, *, preset, **_):
+        return [row for row in rows if (row["width"], row["preset"]) == (config.width, preset)]
+
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", planted_rows)
+    returned = run_coord_check(
+        CoordOptions(tmp_path / "out"),
+        ModelOptions(),
+        OptimizerOptions(),
+        tiny.data_config(tmp_path),
+        Console(file=io.StringIO()),
+    )
+    assert returned == code
+    assert (tmp_path / "out/coord.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,18 @@ def test_bench_prints_a_row_per_implementation(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for words in ("chunked", "reference", "forward + backward", "B=1  T=20"):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["--threads", "-1"], "--threads must be 0 or more; got -1"),
+        (["--torch-python", "no/such/python"], "--torch-python must be an interpreter; got no/such/python"),
+    ],
+)
+def test_bench_refuses(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err

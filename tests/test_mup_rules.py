@@ -79,18 +79,23 @@ def test_table_by_hand(regime, optimizer):
         assert row["decay"] == (1.0 if name in _DECAYED else 0.0), name
 
 
-def test_show_rules_prints_every_row():
+@pytest.mark.parametrize("regime", ["heads", "head_dim"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_show_rules_prints_the_table_by_hand(regime, optimizer):
     from rich.console import Console
 
     console = Console(width=132, record=True, file=io.StringIO())
-    console.print(
-        show_rules(ShowRulesOptions(width=256), ModelOptions(base_width=64, regime="head_dim"), "sgd")
-    )
+    model = ModelOptions(base_width=64, regime=regime)
+    console.print(show_rules(ShowRulesOptions(width=256), model, optimizer))
     text = console.export_text()
-    lines = {words[0]: line for line in text.splitlines() if (words := line.split()) and "/" in words[0]}
-    assert "2^-1" in lines["layers/mixer/a/kernel"]
-    assert "4×256×2×128" in lines["layers/mixer/v/kernel"]
-    assert lines.keys() >= {name for name in BY_HAND["heads"] if "/" in name}
+    lines = {words[0]: words for line in text.splitlines() if (words := line.split())}
+    powers = {1 / 4: "2^-2", 1 / 2: "2^-1", 1.0: "1", 2.0: "2^1", 4.0: "2^2"}
+    for name, (init_std, sgd, adamw) in BY_HAND[regime].items():
+        *_, shown_std, shown_rate, shown_decay = lines[name]
+        assert shown_std == ("own" if init_std is None else f"{init_std:.4g}"), name
+        assert shown_rate == powers[sgd if optimizer == "sgd" else adamw], name
+        assert shown_decay == ("1" if name in _DECAYED else "0"), name
+    assert ("4×256×8×32" if regime == "heads" else "4×256×2×128") in lines["layers/mixer/v/kernel"]
     assert "logits × 2^-2" in text
 
 

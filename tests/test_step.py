@@ -86,6 +86,29 @@ def test_a_point_alone_is_the_same_point_packed(setup, alone):
         np.testing.assert_allclose(together[:, index], losses, rtol=0, atol=1e-5)
 
 
+def test_packed_points_end_as_they_do_alone_up_to_the_optimum(setup):
+    """Under SGD, which trains here too: AdamW turns one rounding into 1e-3 within 100 steps, packed or not."""
+    config, data, _ = setup
+    options = OptimizerOptions(name="sgd", momentum=0.9)
+    steps, rates = 24, (2**-4, 2**-3, 2**-2)
+    program = Program(tiny.MODEL.gdn_config(8, data.vocab_size, optimizer="sgd"), options, steps)
+    batches = [train_batch(data, config, step) for step in range(steps)]
+    held_out = validation_batches(data, config)
+    hparams = [program.hparams(rate, "mup") for rate in rates]
+    packed = compile_program(program, make_mesh(), packed=True)
+    single = compile_program(program, make_mesh(), packed=False)
+    state, _ = _train(packed, loop.as_seeds([0] * len(rates)), loop.stack_hparams(hparams), batches)
+    together = loop.mean_validation_loss(packed, state, held_out)
+    alone = [
+        loop.mean_validation_loss(single, _train(single, jnp.int32(0), point, batches)[0], held_out)
+        for point in hparams
+    ]
+    # Learning goes well at the highest of them: these are no rates at which nothing happens.
+    assert alone == sorted(alone, reverse=True)
+    assert alone[-1] < 1
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
 def test_a_second_step_compiles_nothing(setup, alone):
     program, compiled = alone
     _, _, batches = setup
@@ -123,15 +146,6 @@ def test_divergence_is_recorded_with_its_step_and_ends_the_run(setup, alone):
     assert 0 < int(state.diverged_at) <= 2
     assert not np.isfinite(losses[int(state.diverged_at)])
     assert len(losses) < STEPS
-
-
-def test_sgd_trains(setup):
-    _, data, batches = setup
-    options = OptimizerOptions(name="sgd", momentum=0.9)
-    program = _program(data.vocab_size, options=options)
-    compiled = compile_program(program, make_mesh(), packed=False)
-    _, losses = _train(compiled, jnp.int32(0), program.hparams(0.5, "mup"), batches)
-    assert losses[-1] < losses[0] - 0.3
 
 
 def test_schedule():

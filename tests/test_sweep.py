@@ -12,7 +12,9 @@ import pytest
 import tiny
 
 from train.ledger import Ledger, check_identity, only_process
-from train.sweep import Point, Progress, SweepOptions, packs, parse_rates, plan_points, run_sweep
+from train.rates import parse_rates
+from train.report import write_report
+from train.sweep import Point, Progress, SweepOptions, packs, plan_points, run_sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -180,6 +182,15 @@ def test_diverged_points_do_not_stop_the_others(tmp_path):
     assert fine["val_loss"] is not None
     assert diverged["val_loss"] is None
     assert diverged["diverged_at_step"] in (2, 3)
+
+
+def test_a_last_step_that_goes_too_far_is_a_divergence(tmp_path):
+    """Loss and gradient of the only step are those of the start; its update is what overflows."""
+    options = _options(tmp_path, widths=(8,), presets=("mup",), learning_rates=("2^-5", "1e38"), steps=1)
+    fine, diverged = run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(tmp_path))
+    assert (fine["val_loss"] is not None, fine["diverged_at_step"]) == (True, None)
+    assert (diverged["val_loss"], diverged["diverged_at_step"]) == (None, 1)
+    assert write_report(options.out)["runs_diverged"] == 1
 
 
 def test_killed_three_times_it_ends_with_the_same_rows(finished):

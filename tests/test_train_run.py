@@ -94,6 +94,8 @@ def test_divergence_is_reported(tmp_path):
     assert summary["diverged_at_step"] in (2, 3)
     assert summary["val_loss"] is None
     assert summary["steps"] < 60
+    last = _train(tmp_path, "last", learning_rate=1e38, width=8, steps=1)
+    assert (last["val_loss"], last["diverged_at_step"]) == (None, 1)
 
 
 @pytest.mark.parametrize(

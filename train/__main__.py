@@ -122,7 +122,8 @@ def _one_line(box: str) -> str:
             sections[-1].append(text)
     kept = [" ".join(lines) for lines in sections if lines]
     kept = [text for text in kept if not text.startswith(("For full helptext", "Argument helptext"))]
-    return re.sub(r"Error parsing __tyro-dummy-inner__\.?", "", "; ".join(kept)) + " See gdn --help."
+    text = re.sub(r"Error parsing __tyro-dummy-inner__\.?", "", "; ".join(kept)).rstrip(".")
+    return f"{text}. See gdn --help."
 
 
 def _run(command: Any) -> int:

@@ -19,6 +19,9 @@ type RegimeName = Literal["heads", "head_dim"]
 
 DEFAULT_BASE_WIDTH = 64
 
+# Smallest normal and largest float32, in which learning rates reach the step.
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -55,8 +58,8 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag('model', name)} must be positive; got {value}.")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"--model.mlp-ratio must be positive; got {self.mlp_ratio}.")
+        if not (self.mlp_ratio > 0 and math.isfinite(self.mlp_ratio)):
+            raise ValueError(f"--model.mlp-ratio must be positive and finite; got {self.mlp_ratio}.")
 
     def with_base(self, base_width: int) -> "ModelOptions":
         """These options with ``base_width`` where the user left it open."""
@@ -129,8 +132,8 @@ class OptimizerOptions:
         for name in ("weight_decay", "clip_norm"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{_flag('optimizer', name)} must be 0 or more; got {getattr(self, name)}.")
-        if not self.epsilon > 0:
-            raise ValueError(f"--optimizer.epsilon must be positive; got {self.epsilon}.")
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"--optimizer.epsilon must be positive and finite; got {self.epsilon}.")
         if self.decay_mode not in DECAY_MODES:
             raise ValueError(
                 f"--optimizer.decay-mode must be one of {', '.join(DECAY_MODES)}; got {self.decay_mode!r}."
@@ -141,6 +144,10 @@ def check_learning_rate(value: float, flag: str = "--learning-rate") -> None:
     """ValueError unless ``value`` is a usable learning rate."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{flag} must be positive and finite; got {value:g}.")
+    if not _FLOAT32_MIN <= value <= _FLOAT32_MAX:
+        raise ValueError(
+            f"{flag} must be a float32, from {_FLOAT32_MIN:.2g} to {_FLOAT32_MAX:.2g}; got {value:g}."
+        )
 
 
 def check_preset_name(value: str, flag: str = "--presets") -> None:

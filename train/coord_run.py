@@ -45,6 +45,20 @@ class CoordOptions:
             check_learning_rate(self.learning_rate)
 
 
+def _refuse_unused(model: ModelOptions, optimizer: OptimizerOptions) -> None:
+    """The check fixes what would hide a wrong slope; ValueError where the user asks for something else."""
+    if model.compute_dtype != "float32" or model.tie_embedding:
+        raise ValueError(
+            "coord-check measures a float32 model with an untied embedding; leave --model.compute-dtype and "
+            "--model.tie-embedding away."
+        )
+    if optimizer != OptimizerOptions(name=optimizer.name, momentum=optimizer.momentum):
+        raise ValueError(
+            "coord-check trains without schedule, clip or weight decay and with its own epsilon; of the "
+            "--optimizer options it takes --optimizer and --optimizer.momentum only."
+        )
+
+
 def run_coord_check(
     options: CoordOptions,
     model: ModelOptions,
@@ -60,10 +74,9 @@ def run_coord_check(
     from gdn_jax.mup.coord_check import Tokens, measure
     from train.coord_report import coord_table, write_coord_report
 
+    _refuse_unused(model, optimizer)
     data = prepare(data_config)
-    base = dataclasses.replace(model, compute_dtype="float32", tie_embedding=False).with_base(
-        min(options.widths)
-    )
+    base = model.with_base(min(options.widths))
     configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
     make_writable(options.out)
     rate = options.learning_rate or (2.0**-8 if optimizer.name == "adamw" else 2.0**-2)

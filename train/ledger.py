@@ -38,8 +38,8 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def make_writable(folder: pathlib.Path) -> None:
-    """Makes ``folder``; ValueError when nothing can be written there."""
+def make_writable(folder: pathlib.Path, what: str = "--out") -> None:
+    """Makes ``folder``, which the user knows as ``what``; ValueError when nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
@@ -47,7 +47,7 @@ def make_writable(folder: pathlib.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"--out must be a folder that can be written; {folder}: {error.strerror}."
+            f"{what} must be a folder that can be written; {folder}: {error.strerror}."
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The training loop that runs and sweeps share: dispatch a step, then look at the one before."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -79,6 +80,19 @@ def mean_validation_loss(compiled: Compiled, state: TrainState, batches: Sequenc
         total = total + np.asarray(loss, np.float64)
         tokens = tokens + np.asarray(count, np.float64)
     return np.asarray(total / tokens)
+
+
+def divergence_step(diverged_at: int, val_loss: float | None, steps: int) -> int | None:
+    """The step at which a run diverged, counted from 1, or None.
+
+    Args:
+        diverged_at: as in the state, which knows of steps whose own loss or gradient was not finite.
+        val_loss: after the last step: the update of that step may be the one that went too far; None: not evaluated.
+        steps: taken.
+    """
+    if diverged_at >= 0:
+        return diverged_at + 1
+    return None if val_loss is None or math.isfinite(val_loss) else steps
 
 
 def stack_hparams(hparams: Sequence[HParams]) -> HParams:

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from train.ledger import make_writable
 from train.report_analysis import ABSCISSA, NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
 from train.report_figure import amount, plot, signed
 from train.report_rows import SAME, Rows, check_rows, read_rows
@@ -199,8 +200,12 @@ def write_report(directory: pathlib.Path) -> dict[str, Any]:
     """Read `rows.jsonl` in `directory`, write `report.json` and `transfer.png` beside it, return the report.
 
     The same rows give the same bytes, whatever their order.
+
+    Raises:
+        ValueError: as `read_rows`, or nothing can be written to `directory`.
     """
     rows = read_rows(directory / "rows.jsonl")
+    make_writable(directory, "DIRECTORY")
     report = analyse(rows)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")

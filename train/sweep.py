@@ -30,9 +30,8 @@ from train.config import (
 from train.data import DataConfig, PreparedData, prepare, train_batch, validation_batches
 from train.ledger import Ledger, code_version, make_writable, only_process
 from train.mesh import SWEEP, make_mesh
+from train.rates import OCTAVE_STEP, parse_rates, power_of_two
 from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
-
-_OCTAVE_STEP = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,8 @@ class SweepOptions:
     shifts: tuple[str, ...] = ()
     """PRESET=OCTAVES: move that preset's grid by so much per doubling of the width above the base (sp=-1)."""
     grids: tuple[str, ...] = ()
-    """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed."""
+    """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed; the
+    first that fits counts."""
     points_per_device: int | None = None
     """Points that one device trains side by side; by default 1 on a CPU, and 8 on an accelerator."""
 
@@ -89,16 +89,21 @@ class SweepOptions:
                 return rates
         octaves = self._shifts().get(preset, 0.0) * math.log2(width / base_width)
         # Whole half octaves, so that grids of different widths stay comparable.
-        factor = 2.0 ** (round(octaves / _OCTAVE_STEP) * _OCTAVE_STEP)
-        return tuple(rate * factor for rate in parse_rates(self.learning_rates))
+        factor = power_of_two(round(octaves / OCTAVE_STEP) * OCTAVE_STEP)
+        rates = tuple(rate * factor for rate in parse_rates(self.learning_rates))
+        for rate in rates:
+            check_learning_rate(rate, f"--shifts: the learning rates of {preset} at width {width}")
+        return rates
 
     def _shifts(self) -> dict[str, float]:
         result = {}
         for text in self.shifts:
-            match = re.fullmatch(r"(\w+)=([-+]?[\d.]+)", text)
+            match = re.fullmatch(r"(\w+)=([-+]?(?:\d{1,3}(?:\.\d+)?|\.\d+))", text)
             if not match:
                 raise ValueError(f"--shifts must be PRESET=OCTAVES, such as sp=-1; got {text!r}.")
             self._require_swept(match[1], "--shifts")
+            if match[1] in result:
+                raise ValueError(f"--shifts must name a preset once; got {match[1]} twice.")
             result[match[1]] = float(match[2])
         return result
 
@@ -114,6 +119,10 @@ class SweepOptions:
                 self._require_swept(match[1], "--grids")
             if int(match[2]) not in self.widths:
                 raise ValueError(f"--grids must name a width of --widths; got {text!r}.")
+            if (match[1], int(match[2])) in [known[:2] for known in result]:
+                raise ValueError(
+                    f"--grids must name a preset and width once; got {match[1]}@{match[2]} twice."
+                )
             result.append((match[1], int(match[2]), parse_rates(match[3].split(","), "--grids")))
         return result
 
@@ -122,32 +131,6 @@ class SweepOptions:
             raise ValueError(
                 f"{flag} must name a preset of --presets ({', '.join(self.presets)}); got {preset!r}."
             )
-
-
-def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[float, ...]:
-    """Numbers, powers of two and half-octave ranges as ascending learning rates without repetition."""
-    rates: set[float] = set()
-    for text in texts:
-        low, dots, high = text.partition("..")
-        if not dots:
-            rates.add(_rate(low, flag))
-            continue
-        start, end = _rate(low, flag), _rate(high, flag)
-        if start > end:
-            raise ValueError(f"{flag} range must ascend; got {text!r}. Use {high}..{low}.")
-        count = round(math.log2(end / start) / _OCTAVE_STEP)
-        rates |= {start * 2.0 ** (_OCTAVE_STEP * i) for i in range(count + 1)}
-    return tuple(sorted(rates))
-
-
-def _rate(text: str, flag: str) -> float:
-    match = re.fullmatch(r"2\^([-+]?\d+(?:\.\d+)?)", text)
-    try:
-        value = 2.0 ** float(match[1]) if match else float(text)
-    except ValueError:
-        raise ValueError(f"{flag} must be numbers, 2^-7 or 2^-9..2^-5; got {text!r}.") from None
-    check_learning_rate(value, flag)
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +337,7 @@ def _run_pack(
     tokens = program.steps * data_config.batch_size * data_config.sequence_length
     rows = []
     for index, point in enumerate(pack):
-        diverged = diverged_at[index] >= 0 or not math.isfinite(losses[index])
+        lost_at = loop.divergence_step(int(diverged_at[index]), float(losses[index]), program.steps)
         rows.append(
             {
                 "preset": point.preset,
@@ -365,8 +348,8 @@ def _run_pack(
                 "seed": point.seed,
                 "steps": program.steps,
                 "tokens": tokens,
-                "val_loss": None if diverged else float(losses[index]),
-                "diverged_at_step": int(diverged_at[index]) + 1 if diverged_at[index] >= 0 else None,
+                "val_loss": float(losses[index]) if lost_at is None else None,
+                "diverged_at_step": lost_at,
                 "seconds": round(seconds / len(pack), 3),
             }
         )

@@ -185,7 +185,7 @@ def _train(
     diverged = int(state.diverged_at) >= 0
     done = diverged or last == options.steps
     summary = _summary(options, data_config, compiled, state, data, write=done)
-    if diverged:
+    if summary["diverged_at_step"]:
         say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
     log.close()
     return summary
@@ -206,11 +206,12 @@ def _summary(
         if write
         else None
     )
+    lost_at = loop.divergence_step(diverged_at, loss, step)
     summary = {
         "steps": step,
         "tokens": step * data_config.batch_size * data_config.sequence_length,
-        "val_loss": None if loss is None or diverged_at >= 0 else _finite(loss),
-        "diverged_at_step": diverged_at + 1 if diverged_at >= 0 else None,
+        "val_loss": loss if lost_at is None else None,
+        "diverged_at_step": lost_at,
         "code_version": code_version(),
         "devices": len(jax.devices()),
     }

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {options.rounds}. Use 9.")
+    if options.threads < 0:
+        parser.error(f"--threads must be 0 or more; got {options.threads}. Use 2.")
+    if options.torch_python is not None and shutil.which(options.torch_python) is None:
+        parser.error(
+            f"--torch-python must be an interpreter; got {options.torch_python}, which cannot be run."
+        )
     if options.threads and hasattr(os, "sched_setaffinity"):
         # XLA takes as many threads as it may use cores; asked before JAX starts its first device.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])

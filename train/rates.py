@@ -1,0 +1,43 @@
+"""Learning rates as a user writes them: numbers, powers of two, ranges by half octaves."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from train.config import check_learning_rate
+
+OCTAVE_STEP = 0.5
+
+
+def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[float, ...]:
+    """Numbers, powers of two and half-octave ranges as ascending learning rates without repetition."""
+    rates: set[float] = set()
+    for text in texts:
+        low, dots, high = text.partition("..")
+        if not dots:
+            rates.add(_rate(low, flag))
+            continue
+        start, end = _rate(low, flag), _rate(high, flag)
+        if start > end:
+            raise ValueError(f"{flag} range must ascend; got {text!r}. Use {high}..{low}.")
+        count = round(math.log2(end / start) / OCTAVE_STEP)
+        rates |= {start * 2.0 ** (OCTAVE_STEP * i) for i in range(count + 1)}
+    return tuple(sorted(rates))
+
+
+def _rate(text: str, flag: str) -> float:
+    match = re.fullmatch(r"2\^([-+]?\d+(?:\.\d+)?)", text)
+    try:
+        value = power_of_two(float(match[1])) if match else float(text)
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers, 2^-7 or 2^-9..2^-5; got {text!r}.") from None
+    check_learning_rate(value, flag)
+    return value
+
+
+def power_of_two(exponent: float) -> float:
+    """Infinite where a float64 ends; `check_learning_rate` refuses that."""
+    try:
+        return 2.0**exponent
+    except OverflowError:
+        return math.inf
