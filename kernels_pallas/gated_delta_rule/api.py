@@ -71,7 +71,8 @@ def gated_delta_rule(
         sequence_axis: a mesh axis that is manual in the `shard_map` around: each device holds an equal part of T,
             in the order of the axis. `initial_state` and the final state are then the same on every device.
         inverse_precision: matmul precision of the triangular inverse; None is full float32.
-        implementation: "chunked", "reference", or None for the best that can.
+        implementation: "chunked", "reference", "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs; experimental), or
+            None for the best that can.
 
     Returns:
         o in the dtype of v, and the final state in float32 (float64), or None.
@@ -128,7 +129,7 @@ def gated_delta_rule_from_gates(
         return_final_state: also return the final state.
         sequence_axis: mesh axis that T is split over.
         inverse_precision: matmul precision of the triangular inverse.
-        implementation: "chunked", "reference" or None.
+        implementation: as in `gated_delta_rule`.
 
     Returns:
         o and the final state or None, as in `gated_delta_rule`.
