@@ -240,16 +240,20 @@ def run_sweep(
 
 
 def identity(
-    model: ModelOptions, optimizer: OptimizerOptions, data_config: DataConfig, data: PreparedData, steps: int
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    data_config: DataConfig,
+    data: PreparedData | None,
+    steps: int,
 ) -> dict[str, Any]:
-    """What all points of a ledger share; JSON-able."""
+    """What all points of a ledger share; JSON-able. Without `data` (not read yet) it lacks their fingerprint."""
     read = dataclasses.asdict(data_config)
     # Where the text lies does not matter, what it says does: the fingerprint covers it.
     del read["cache_dir"], read["corpus"]
     return {
         "model": dataclasses.asdict(model),
         "optimizer": dataclasses.asdict(optimizer),
-        "data": read | {"fingerprint": data.fingerprint},
+        "data": read | ({} if data is None else {"fingerprint": data.fingerprint}),
         "steps": steps,
     }
 

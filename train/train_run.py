@@ -27,10 +27,12 @@ from train.data import DataConfig, prepare, train_loader, validation_batches
 from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
 from train.step import Metrics, Program, TrainState, compile_program
 from train.sweep import identity
+from train.tuned import ChangeName, differences, plan, read_tuning, require_accepted
 
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+DEFAULT_LEARNING_RATE = 2.0**-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,14 @@ class TrainOptions:
     """Folder of checkpoints and log; a run that was stopped goes on from it."""
     width: int = 64
     """Model width."""
-    learning_rate: float = 2.0**-7
-    """Peak learning rate at the base width."""
-    preset: PresetName = "mup"
-    """Parametrization."""
+    learning_rate: float | None = None
+    """Peak learning rate at the base width; by default 2^-7, or what --tuned-by found."""
+    preset: PresetName | None = None
+    """Parametrization; by default mup, or the one that --tuned-by found to transfer."""
+    tuned_by: pathlib.Path | None = None
+    """Folder of a sweep: its optimum, preset, optimizer, base sizes, data settings and steps are the defaults here."""
+    accept_change: tuple[ChangeName, ...] = ()
+    """With --tuned-by: in what this run may differ from the sweep, although that may move the optimum."""
     seed: int = 0
     """Seed of the initialisation; the data have their own."""
     steps: int = 200
@@ -64,8 +70,16 @@ class TrainOptions:
             raise ValueError(f"--stop-at must be from 1 to --steps ({self.steps}); got {self.stop_at}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed must be in [0, 2^31); got {self.seed}.")
-        check_learning_rate(self.learning_rate)
-        check_preset_name(self.preset, "--preset")
+        if self.learning_rate is not None:
+            check_learning_rate(self.learning_rate)
+        if self.preset is not None:
+            check_preset_name(self.preset, "--preset")
+        if self.tuned_by is not None and self.learning_rate is not None:
+            raise ValueError("--learning-rate is what --tuned-by gives; use one of the two.")
+        if self.accept_change and self.tuned_by is None:
+            raise ValueError(
+                "--accept-change says in what a run may differ from --tuned-by; name that sweep."
+            )
 
 
 def run_training(
@@ -91,11 +105,24 @@ def run_training(
         ValueError: anything wrong with options, corpus or folder; before any compilation.
     """
     model = model.with_base(DEFAULT_BASE_WIDTH)
-    data = prepare(data_config)
+    if options.tuned_by is None:
+        data = prepare(data_config)
+        learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
+    else:
+        tuning = read_tuning(options.tuned_by, options.preset, options.width)
+        now = identity(model, optimizer, data_config, None, options.steps)
+        require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
+        data = prepare(data_config)
+        now = identity(model, optimizer, data_config, data, options.steps)
+        changed = differences(tuning.config, now)
+        require_accepted(changed, options.accept_change, options.tuned_by)
+        for line in plan(tuning, options.width, now, changed):
+            say(line)
+        learning_rate, preset = tuning.learning_rate, tuning.preset
     program = Program(
         model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
     )
-    hparams = program.hparams(options.learning_rate, options.preset)
+    hparams = program.hparams(learning_rate, preset)
     devices = len(jax.devices())
     if data_config.batch_size % devices:
         raise ValueError(
@@ -107,8 +134,8 @@ def run_training(
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
             "run": {
                 "width": options.width,
-                "learning_rate": options.learning_rate,
-                "preset": options.preset,
+                "learning_rate": learning_rate,
+                "preset": preset,
                 "seed": options.seed,
             }
         }
