@@ -100,7 +100,7 @@ def _octaves_moved(rows):
     """How far the optimum of each preset lies apart over the widths; infinite where one has none."""
     moved = {}
     for name, preset in analyse(rows)["presets"].items():
-        optima = list(preset["optimum_log2_lr"].values())
+        optima = list(preset["optimum_log2_x"].values())
         missing = float("-inf") if name == "sp" else float("inf")
         moved[name] = missing if None in optima else max(optima) - min(optima)
     return moved

@@ -38,7 +38,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
         remarks += [
             f"`{name}`, width {width}: diverged at {', '.join(map(power_of_two, diverged))}"
-            for width, diverged in preset["diverged_log2_lr"].items()
+            for width, diverged in preset["diverged_log2_x"].items()
             if diverged
         ]
         said = dict.fromkeys(filter(None, (preset["drift_reason"], preset["regret_reason"])))
@@ -50,14 +50,14 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _optimum(preset: Mapping[str, Any], width: str) -> str:
-    if width not in preset["optimum_log2_lr"]:
+    if width not in preset["optimum_log2_x"]:
         return "not run"
-    place, interval = preset["optimum_log2_lr"][width], preset["interval"][width]
+    place, interval = preset["optimum_log2_x"][width], preset["interval"][width]
     if place is not None:
         bracket = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
         return f"2^{place:.2f}{bracket}".replace(" [-", " [−").replace(", -", ", −")
     best = preset["best_run"][width]
-    return "diverged" if best is None else f"none (best run {power_of_two(best['log2_lr'])})"
+    return "diverged" if best is None else f"none (best run {power_of_two(best['log2_x'])})"
 
 
 def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:

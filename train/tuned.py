@@ -124,6 +124,11 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
     """
     config = sweep_config(folder)
     report = analyse(read_rows(folder / ROWS_FILE))
+    if report["varied"]:
+        raise ValueError(
+            f"{folder} varies {' and '.join(report['varied'])}, which a run here does not take over; "
+            "use a sweep over learning rates alone."
+        )
     preset = _preset(report, preset, folder)
     found = report["presets"][preset]
     _require_optimum(found, preset, width, folder)
@@ -132,10 +137,10 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
         folder,
         config,
         preset,
-        found["optimum_log2_lr"][base],
+        found["optimum_log2_x"][base],
         found["interval"][base],
         found["base_width"],
-        [int(w) for w in found["optimum_log2_lr"]],
+        [int(w) for w in found["optimum_log2_x"]],
         report["verdict"],
     )
 
