@@ -165,7 +165,6 @@ class Point:
     width: int
     learning_rate: float
     seed: int
-    # What else differs from the defaults.
     varied: Varied = ()
 
     @property
@@ -259,10 +258,11 @@ def identity(
 ) -> dict[str, Any]:
     """What all points of a ledger share; JSON-able. Without `data` (not read yet) it lacks their fingerprint."""
     read = dataclasses.asdict(data_config)
-    # Where the text lies does not matter, what it says does: the fingerprint covers it.
+    # Where the text lies does not matter: the fingerprint says what it is.
     del read["cache_dir"], read["corpus"]
     return {
-        "model": dataclasses.asdict(model),
+        # Recomputing changes no result: always as the first ledgers have it.
+        "model": dataclasses.asdict(model) | {"remat": False},
         "optimizer": dataclasses.asdict(optimizer),
         "data": read | ({} if data is None else {"fingerprint": data.fingerprint}),
         "steps": steps,

@@ -23,7 +23,8 @@ from train.config import (
     check_learning_rate,
     check_preset_name,
 )
-from train.data import DataConfig, prepare, train_loader, validation_batches
+from train.coordinates import measurement
+from train.data import Batch, DataConfig, prepare, train_loader, validation_batches
 from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
 from train.step import Metrics, Program, TrainState, compile_program
 from train.sweep import identity
@@ -32,6 +33,7 @@ from train.tuned import ChangeName, differences, plan, read_tuning, require_acce
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+COORDINATES_FILE = "coordinates.jsonl"
 DEFAULT_LEARNING_RATE = 2.0**-7
 
 
@@ -61,11 +63,16 @@ class TrainOptions:
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 100
     """Steps between validations; the last step is always validated."""
+    coordinates_every: int = 0
+    """Steps between rows of coordinates.jsonl, per layer: sizes of activations and of what updates do, saturation of
+    the gates, coherence of their gradients. 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("width", "steps", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
+        if self.coordinates_every < 0:
+            raise ValueError(f"--coordinates-every must be 0 or more; got {self.coordinates_every}.")
         if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
             raise ValueError(f"--stop-at must be from 1 to --steps ({self.steps}); got {self.stop_at}.")
         if not 0 <= self.seed < 2**31:
@@ -174,6 +181,7 @@ def _train(
     log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
     tokens_per_step = data_config.batch_size * data_config.sequence_length
     held_out = validation_batches(data, data_config)
+    coordinates = CoordinateLog.begin(options, program, hparams, held_out[0], first)
     clock = _Clock(tokens_per_step)
 
     def observe(step: int, metrics: Metrics) -> None:
@@ -195,6 +203,8 @@ def _train(
             loss = float(loop.mean_validation_loss(compiled, state, held_out))
             log.write({"step": step, "val_loss": _finite(loss)})
             say(f"step {step:>6}  validation {loss:.4f}")
+        if coordinates is not None and (step % options.coordinates_every == 0 or step == options.steps):
+            coordinates.write(step, state)
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(step, state, loader.get_state(), run_identity)
 
@@ -215,6 +225,8 @@ def _train(
     if diverged:
         say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
     log.close()
+    if coordinates is not None:
+        coordinates.close()
     return summary
 
 
@@ -270,6 +282,31 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class CoordinateLog:
+    """Rows of `coordinates.measure`, as a training run goes on."""
+
+    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog) -> None:
+        self._measure, self._log = measure, log
+
+    @classmethod
+    def begin(
+        cls, options: TrainOptions, program: Program, hparams: Any, held_out: Batch, first: int
+    ) -> "CoordinateLog | None":
+        """The log of a run that goes on after ``first`` steps, or None where none is asked for."""
+        if not options.coordinates_every:
+            return None
+        measure = measurement(program, options.seed, hparams, held_out)
+        return cls(measure, MetricsLog(options.out / COORDINATES_FILE, keep_until=first))
+
+    def write(self, step: int, state: TrainState) -> None:
+        """Measures a state and adds its row."""
+        self._log.write({"step": step, **self._measure(state)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._log.close()
 
 
 class _Clock:

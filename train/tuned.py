@@ -101,9 +101,10 @@ def sweep_options(
 ) -> tuple[ModelOptions, OptimizerOptions, DataConfig]:
     """The options of a sweep; where the text lies is taken from `data`, since a sweep does not know that."""
     fields = {key: value for key, value in config["data"].items() if key != "fingerprint"}
+    model = {key: value for key, value in config["model"].items() if key != "remat"}
     try:
         return (
-            ModelOptions(**config["model"]),
+            ModelOptions(**model),
             OptimizerOptions(**config["optimizer"]),
             dataclasses.replace(data, **fields),
         )
