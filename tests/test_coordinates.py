@@ -81,7 +81,8 @@ def test_rows(measured):
     assert all(exponent < 1.0001 for exponent in gates["coherence_a"] + gates["coherence_b"])
     assert all(size > 0 for size in gates["gradient_a"] + gates["gradient_b"])
     at_start = measurement(program, 3, hparams, batch)(state)
-    assert set(jax.tree.leaves(at_start["update"])) == {0.0}
+    # Made again within another program, the start differs by rounding.
+    assert max(jax.tree.leaves(at_start["update"])) < 1e-6
     # The zero readout lets no gradient through, and an exponent of nothing is no number.
     assert at_start["gates"]["coherence_a"] == [None, None]
 
