@@ -26,11 +26,12 @@ TPU_COMPILER = .libtpu/installed
 PYTEST := GDN_REQUIRE_TPU_COMPILER=1 $(PYTEST)
 endif
 
-.PHONY: help install demo test slow lint check-pins test-old-jax tpu-compiler
+.PHONY: help install demo results test slow lint check-pins test-old-jax tpu-compiler
 
 help:
 	@echo "make install       Python environment in .venv"
 	@echo "make demo          a small sweep over width and learning rate, in minutes, on a CPU"
+	@echo "make results       reports, pictures and tables of docs/results again, from the committed rows"
 	@echo "make test          the tests"
 	@echo "make slow          the tests that take minutes each, the whole demo among them"
 	@echo "make lint          formatting, lint and types"
@@ -43,6 +44,9 @@ install: .venv/installed
 
 demo: install
 	@.venv/bin/gdn sweep $(DEMO)
+
+results: install
+	@.venv/bin/python -m train.results docs/results
 
 test: install tpu-compiler
 	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal

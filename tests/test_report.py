@@ -42,17 +42,17 @@ def basin(
     rows = []
     for index, width in enumerate(widths):
         optimum = BASE_OPTIMUM + shift * np.log2(width / widths[0])
-        for log2_lr in np.arange(grid[0], grid[1] + 1e-9, step):
+        for log2_x in np.arange(grid[0], grid[1] + 1e-9, step):
             for seed in range(seeds):
                 own = np.random.default_rng([width, seed]).normal()
-                run = np.random.default_rng([width, seed, round(log2_lr * 100) + 2000, len(preset)]).normal()
-                loss = 4 - 0.2 * index + 0.05 * (log2_lr - optimum) ** 2 + noise * (own + 0.3 * run)
-                lost = log2_lr > diverged_above
+                run = np.random.default_rng([width, seed, round(log2_x * 100) + 2000, len(preset)]).normal()
+                loss = 4 - 0.2 * index + 0.05 * (log2_x - optimum) ** 2 + noise * (own + 0.3 * run)
+                lost = log2_x > diverged_above
                 rows.append(
                     row(
                         preset=preset,
                         width=width,
-                        learning_rate=float(2**log2_lr),
+                        learning_rate=float(2**log2_x),
                         seed=seed,
                         val_loss=None if lost else float(loss),
                         diverged_at_step=30 if lost else None,
@@ -71,15 +71,15 @@ def test_planted_optima_drift_and_regret_are_recovered_exactly():
     report = analyse(basin("mup", 0.0) + basin("sp", -1.0))
     mup, sp = report["presets"]["mup"], report["presets"]["sp"]
     for index, width in enumerate(WIDTHS):
-        assert mup["optimum_log2_lr"][str(width)] == pytest.approx(BASE_OPTIMUM, abs=1e-6)
-        assert sp["optimum_log2_lr"][str(width)] == pytest.approx(BASE_OPTIMUM - index, abs=1e-6)
+        assert mup["optimum_log2_x"][str(width)] == pytest.approx(BASE_OPTIMUM, abs=1e-6)
+        assert sp["optimum_log2_x"][str(width)] == pytest.approx(BASE_OPTIMUM - index, abs=1e-6)
         assert mup["minimum_nats"][str(width)] == pytest.approx(4 - 0.2 * index, abs=1e-6)
     assert (mup["drift_octaves_per_doubling"], sp["drift_octaves_per_doubling"]) == pytest.approx(
         (0, -1), abs=1e-6
     )
     assert (mup["shift_octaves"], sp["shift_octaves"]) == pytest.approx((0, -2), abs=1e-6)
     # The run stands 0.2 octave beside the optimum of -7.3, two octaves beside that of sp.
-    assert mup["regret_run"]["log2_lr"] == -7.5
+    assert mup["regret_run"]["log2_x"] == -7.5
     assert mup["regret_run"]["distance_octaves"] == pytest.approx(-0.2, abs=1e-6)
     assert mup["regret_nats"] == pytest.approx(0.05 * 0.2**2, abs=1e-6)
     assert sp["regret_nats"] == pytest.approx(0.05 * 1.8**2, abs=1e-6)
@@ -98,7 +98,7 @@ def test_fewer_than_five_seeds_give_no_interval():
         assert (preset["regret_standard_error"] is not None) is there
         assert preset["drift_octaves_per_doubling"] == pytest.approx(-0.1, abs=0.1)
     for width, (low, high) in preset["interval"].items():
-        assert low < preset["optimum_log2_lr"][width] < high
+        assert low < preset["optimum_log2_x"][width] < high
     low, high = preset["drift_interval"]
     assert low < preset["drift_octaves_per_doubling"] < high
 
@@ -134,7 +134,7 @@ def test_seeds_only_near_the_optimum_do_not_bias_it():
     for r in rows:
         r["val_loss"] -= 1.0 if r["seed"] == 0 else 0.0
     preset = analyse(rows)["presets"]["mup"]
-    assert list(preset["optimum_log2_lr"].values()) == pytest.approx([BASE_OPTIMUM] * 3, abs=1e-5)
+    assert list(preset["optimum_log2_x"].values()) == pytest.approx([BASE_OPTIMUM] * 3, abs=1e-5)
     assert None not in preset["interval"].values()
 
 
@@ -151,7 +151,7 @@ def test_a_minimum_on_the_grids_edge_is_no_number(grid, end, side):
     report = analyse(basin("mup", 0.0, grid=grid))
     preset = report["presets"]["mup"]
     assert preset["edge_minima"] == [64, 128, 256]
-    assert list(preset["optimum_log2_lr"].values()) == [None] * 3
+    assert list(preset["optimum_log2_x"].values()) == [None] * 3
     assert list(preset["edge_side"].values()) == [side] * 3
     assert end in preset["reason"]["64"]
     assert preset["drift_octaves_per_doubling"] is None
@@ -163,7 +163,7 @@ def test_a_minimum_on_the_grids_edge_is_no_number(grid, end, side):
 def test_a_single_edge_minimum_withholds_the_drift():
     preset = analyse(basin("sp", -1.0, grid=(-9.5, -5.0)))["presets"]["sp"]
     assert preset["edge_minima"] == [256]
-    assert preset["optimum_log2_lr"]["128"] == pytest.approx(BASE_OPTIMUM - 1, abs=1e-6)
+    assert preset["optimum_log2_x"]["128"] == pytest.approx(BASE_OPTIMUM - 1, abs=1e-6)
     assert preset["drift_octaves_per_doubling"] is None
     assert preset["drift_reason"] == "no optimum at width 256"
 
@@ -171,13 +171,13 @@ def test_a_single_edge_minimum_withholds_the_drift():
 def test_too_few_points_near_the_best_are_no_optimum():
     """Whole-octave grids, and neighbours that diverged."""
     coarse = analyse(basin("mup", 0.0, step=1.0))["presets"]["mup"]
-    assert coarse["optimum_log2_lr"]["64"] is None
+    assert coarse["optimum_log2_x"]["64"] is None
     assert "half-octave" in coarse["reason"]["64"]
     assert coarse["edge_minima"] == []
     diverged = analyse(basin("mup", 0.0, diverged_above=-6.8))["presets"]["mup"]
-    assert diverged["optimum_log2_lr"]["64"] is None
+    assert diverged["optimum_log2_x"]["64"] is None
     assert "not counting 1 that diverged" in diverged["reason"]["64"]
-    assert diverged["diverged_log2_lr"]["64"][0] == -6.5
+    assert diverged["diverged_log2_x"]["64"][0] == -6.5
     at_the_brink = analyse(basin("mup", 0.0, diverged_above=-7.4))["presets"]["mup"]
     assert at_the_brink["edge_minima"] == [64, 128, 256]
     assert "largest that did not diverge" in at_the_brink["reason"]["64"]
@@ -189,9 +189,9 @@ def test_one_diverged_seed_makes_its_learning_rate_diverged():
         if r["learning_rate"] == 2.0**-6 and r["seed"] == 1:
             r.update(val_loss=None, diverged_at_step=5)
     preset = analyse(rows)["presets"]["mup"]
-    assert preset["diverged_log2_lr"] == {"64": [-6.0], "128": [-6.0], "256": [-6.0]}
+    assert preset["diverged_log2_x"] == {"64": [-6.0], "128": [-6.0], "256": [-6.0]}
     # Beyond the octave: the fit does not need it.
-    assert preset["optimum_log2_lr"]["64"] == pytest.approx(BASE_OPTIMUM, abs=1e-6)
+    assert preset["optimum_log2_x"]["64"] == pytest.approx(BASE_OPTIMUM, abs=1e-6)
 
 
 def test_all_diverged_and_a_concave_curve_are_no_optimum():
@@ -228,7 +228,7 @@ def test_learning_rates_typed_with_two_digits_are_half_octaves():
     rows = [r | {"learning_rate": float(f"{r['learning_rate']:.1e}")} for r in basin("mup", 0.0)]
     preset = analyse(rows)["presets"]["mup"]
     # The losses were planted at exact places, so typing moves the optimum, but by no more than these.
-    assert list(preset["optimum_log2_lr"].values()) == pytest.approx([BASE_OPTIMUM] * 3, abs=0.05)
+    assert list(preset["optimum_log2_x"].values()) == pytest.approx([BASE_OPTIMUM] * 3, abs=0.05)
 
 
 def test_base_width_note_tells_agreement_and_disagreement():

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -103,11 +104,38 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
-            return tyro.cli(Command, prog="gdn", args=arguments, description=__doc__)
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            if (folder := _tuned_by(words)) is not None:
+                return _parse_tuned(words, folder)
+            return tyro.cli(Command, prog="gdn", args=words, description=__doc__)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_one_line(drawn.getvalue())) from None
+
+
+def _tuned_by(words: Sequence[str]) -> pathlib.Path | None:
+    """The sweep that a `gdn train` names, read off its words: what it leaves open is as there."""
+    if words and words[0] == "train":
+        for word, following in itertools.zip_longest(words, words[1:]):
+            flag, equals, value = word.partition("=")
+            if flag in ("--tuned-by", "--tuned_by") and (equals or following is not None):
+                return pathlib.Path(value if equals else following)
+    return None
+
+
+def _parse_tuned(words: Sequence[str], folder: pathlib.Path) -> Any:
+    from train.tuned import sweep_config, sweep_options
+
+    config = sweep_config(folder)
+    # Later words win, so the user's own --steps does.
+    words = ["--steps", str(config["steps"]), *words[1:]]
+    first = tyro.cli(Command, prog="gdn", args=["train", *words], description=__doc__)
+    assert isinstance(first, TrainCommand), "that is the first word"
+    model, optimizer, data = sweep_options(config, first.data)
+    return tyro.cli(
+        TrainCommand, prog="gdn train", args=words, default=TrainCommand(first.run, model, optimizer, data)
+    )
 
 
 def _one_line(box: str) -> str:

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from train.vary import not_default
+
 ROWS_FILE = "rows.jsonl"
 CONFIG_FILE = "sweep.json"
 
@@ -16,9 +18,9 @@ CONFIG_FILE = "sweep.json"
 POINT_KEYS = ("preset", "width", "learning_rate", "seed")
 
 
-def point_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What names a point."""
-    return tuple(row[key] for key in POINT_KEYS)
+def point_key(row: Mapping[str, Any], weight_decay: float | None = None) -> tuple[Any, ...]:
+    """What names a point: `POINT_KEYS`, and what else was varied if it is not the default; the configured decay is."""
+    return (*(row[key] for key in POINT_KEYS), not_default(row, weight_decay))
 
 
 def fingerprint(value: Any) -> str:
@@ -110,6 +112,7 @@ class Ledger:
                 f"{folder} has {ROWS_FILE} but no {CONFIG_FILE}; choose an empty folder as --out."
             )
         self.fingerprint = check_identity(folder, CONFIG_FILE, config)
+        self._weight_decay = config.get("optimizer", {}).get("weight_decay")
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._load()
 
@@ -121,7 +124,7 @@ class Ledger:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self.rows[point_key(row)] = row
+                self.rows[point_key(row, self._weight_decay)] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number} is no row of a sweep ({error}); remove it to run its point again."
@@ -134,7 +137,7 @@ class Ledger:
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row; it is on disk when this returns. A point already there is not written twice."""
-        key = point_key(row)
+        key = point_key(row, self._weight_decay)
         if key in self.rows:
             return
         with self.path.open("ab") as file:

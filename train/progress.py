@@ -69,7 +69,10 @@ class SweepBar(Progress):
         self._done += work
         self._done_here += work
         point = pack[0]
-        text = f"{point.preset} lr 2^{np.log2(point.learning_rate):g} step {step} loss {_losses(losses)}"
+        varied = "".join(f" {name} {value:g}" for name, value in point.varied)
+        text = (
+            f"{point.preset} lr 2^{np.log2(point.learning_rate):g}{varied} step {step} loss {_losses(losses)}"
+        )
         self._bar.update(
             self._task, completed=self._done, description=f"width {point.width}", eta=self._eta(), now=text
         )

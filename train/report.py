@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from train.ledger import make_writable
-from train.report_analysis import ABSCISSA, NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
+from train.report_analysis import NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
 from train.report_figure import amount, plot, signed
 from train.report_rows import SAME, Rows, check_rows, read_rows
+from train.vary import LEARNING_RATE, VARIED, WORDS, abscissa, varied_names, with_all_values
 
 __all__ = ["analyse", "plot", "read_rows", "table", "verdict", "write_report"]
 
@@ -24,18 +25,19 @@ _SAME_LOSS_NATS = 1e-3
 def analyse(rows: Rows) -> dict[str, Any]:
     """The content of `report.json`: optimum, interval, drift and regret per preset, and the verdict.
 
-    Learning rates are log2, losses nats, widths are keys as strings; numbers have six decimals. What cannot
-    be said is null, with its reason beside it. `report_analysis` defines each.
+    What was swept (`abscissa`, mostly the learning rate) is log2, losses are nats, widths are keys as strings;
+    numbers have six decimals. What cannot be said is null, with its reason beside it. `report_analysis` defines each.
 
     Raises:
         ValueError: as `read_rows`, of which only the file is not needed here.
     """
-    rows = check_rows(rows)
+    rows = check_rows(with_all_values(rows))
     first = rows[0]
     by_preset = curves(rows)
     report: dict[str, Any] = {
         **{key: first[key] for key in SAME},
-        "abscissa": ABSCISSA,
+        "abscissa": abscissa(rows),
+        "varied": varied_names(rows),
         "code_versions": sorted({str(row["code_version"]) for row in rows}),
         "presets": {name: analyse_preset(widths, first["base_width"]) for name, widths in by_preset.items()},
         "runs": len(rows),
@@ -67,11 +69,18 @@ def _notes(rows: Rows, report: Mapping[str, Any]) -> list[str]:
             f"the rows come from {len(report['code_versions'])} code versions: "
             f"{', '.join(report['code_versions'])}"
         )
+    notes += [
+        f"every run has {name} {rows[0][name]:g}"
+        for name in VARIED
+        if name in rows[0] and name not in report["varied"]
+    ]
     base = report["base_width"]
     losses: dict[str, dict[tuple[float, int], float]] = {"mup": {}, "sp": {}}
     for row in rows:
         if row["preset"] in losses and row["width"] == base and row["val_loss"] is not None:
-            losses[row["preset"]][row[ABSCISSA], row["seed"]] = row["val_loss"]
+            losses[row["preset"]][row[LEARNING_RATE], row["seed"]] = row["val_loss"]
+    if report["varied"]:
+        return notes
     shared = losses["mup"].keys() & losses["sp"].keys()
     if shared:
         gap = max(abs(losses["mup"][point] - losses["sp"][point]) for point in shared)
@@ -108,14 +117,15 @@ def verdict(report: Mapping[str, Any]) -> str:
         f"regime {report['regime']}, {amount(report['tokens'])} tokens a run, "
         f"{told}{'' if some_interval else ', no interval'}), "
     )
-    parts = [_judged(name, preset, max(widths)) for name, preset in report["presets"].items()]
+    what = WORDS[report["abscissa"]]
+    parts = [_judged(name, preset, max(widths), what) for name, preset in report["presets"].items()]
     limits = "nothing is shown for other widths, tokens or data"
     if min(widths) <= NOT_ASYMPTOTIC:
         limits += f", and widths up to {NOT_ASYMPTOTIC} are narrower than the theory speaks of"
     return f"{head}{'; '.join(parts)}; {limits}."
 
 
-def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
+def _judged(name: str, preset: Mapping[str, Any], widest: int, swept: str) -> str:
     drift = preset["drift_octaves_per_doubling"]
     if drift is None:
         without = [w for w, reason in preset["reason"].items() if reason]
@@ -130,12 +140,12 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
         what += f" {interval}" if interval else ""
     run = preset["regret_run"]
     if preset["regret_diverged"]:
-        return f"{what}, and the base width's learning rate diverges at width {run['width']}"
+        return f"{what}, and the base width's {swept} diverges at width {run['width']}"
     if preset["regret_nats"] is not None:
         error = preset["regret_standard_error"]
         spread = f" ± {error:.3f}" if error is not None else ""
         cost = f"{preset['regret_nats']:.3f}{spread} nats at width {run['width']}"
-        return f"{what}, and the base width's learning rate costs {cost}"
+        return f"{what}, and the base width's {swept} costs {cost}"
     return (
         what
         if drift is None or preset["drift_reason"] == "one width only"
@@ -145,21 +155,23 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int) -> str:
 
 def table(report: Mapping[str, Any]) -> Group:
     """The report for a terminal: optima per width, then drift and regret per preset, notes, verdict."""
+    what = WORDS[report["abscissa"]]
+    short = "LR" if report["abscissa"] == LEARNING_RATE else what
     optima = Table(
-        title=f"Optimal learning rate, {report['optimizer']}, regime {report['regime']}",
+        title=f"Optimal {what}, {report['optimizer']}, regime {report['regime']}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     optima.add_column("preset")
-    for heading in ("width", "LR*", "log2 LR*", "95 % interval", "loss there", "best run"):
+    for heading in ("width", f"{short}*", f"log2 {short}*", "95 % interval", "loss there", "best run"):
         optima.add_column(heading, justify="right")
     moves = Table(title="Transfer over width", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("preset", "octaves / doubling", "95 % interval", "regret (nats)", "transfers"):
         moves.add_column(heading, justify="left" if heading == "preset" else "right")
     remarks: list[str] = []
     for name, preset in report["presets"].items():
-        for width, place in preset["optimum_log2_lr"].items():
-            best, diverged = preset["best_run"][width], preset["diverged_log2_lr"][width]
+        for width, place in preset["optimum_log2_x"].items():
+            best, diverged = preset["best_run"][width], preset["diverged_log2_x"][width]
             remark = preset["reason"][width] or (
                 f"diverged at {', '.join(map(power_of_two, diverged))}" if diverged else ""
             )
@@ -170,7 +182,7 @@ def table(report: Mapping[str, Any]) -> Group:
                 "—" if place is None else f"{place:.2f}",
                 _bracket(preset["interval"][width]) or "—",
                 "—" if place is None else f"{preset['minimum_nats'][width]:.4f}",
-                "—" if best is None else f"{best['loss_nats']:.4f} at {power_of_two(best['log2_lr'])}",
+                "—" if best is None else f"{best['loss_nats']:.4f} at {power_of_two(best['log2_x'])}",
             )
             if remark:
                 remarks.append(f"{name} at width {width}: {remark}")

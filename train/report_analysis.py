@@ -1,5 +1,7 @@
 """Where the optimal learning rate lies at each width of a sweep, how far it moves, and what that costs.
 
+"Learning rate" stands for whatever the figure is drawn against: `vary.abscissa` says what that is.
+
 - **LR*(n)**: the minimum of a quadratic in log2 of the learning rate, fitted to the seed means of the points
   within an octave of the best one. It takes at least 5 points, 2 of them on each side. Where the minimum is
   not bracketed there is no optimum: null and a reason, never a number.
@@ -22,8 +24,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-# The swept quantity: the only place that names it.
-ABSCISSA = "learning_rate"
+from train.vary import LEARNING_RATE, WORDS, abscissa, series, varied_names, with_all_values
 
 MIN_POINTS = 5
 MIN_SIDE = 2
@@ -42,22 +43,24 @@ LOST_RESAMPLES = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Loss against learning rate at one width of one preset; learning rates (log2) ascend."""
+    """Loss against the abscissa at one width of one preset; its values (log2) ascend."""
 
-    log2_lr: np.ndarray
+    log2_x: np.ndarray
     # Seed means in nats, seed effects taken out where the learning rates have different seeds.
     loss: np.ndarray
     # Per learning rate: seed -> loss.
     by_seed: list[dict[int, float]]
-    # log2 of the learning rates at which any seed diverged.
+    # log2 of the values at which any seed diverged.
     diverged: list[float]
+    # The abscissa, as sentences call it.
+    what: str = WORDS[LEARNING_RATE]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
     """The fitted minimum of a curve, or the reason why there is none."""
 
-    log2_lr: float | None = None
+    log2_x: float | None = None
     minimum: float | None = None
     fit_rms: float | None = None
     reason: str | None = None
@@ -76,34 +79,42 @@ def power_of_two(log2: float) -> str:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
-    """The rows of one sweep as a `Curve` per preset and width, both in ascending order."""
+    """The rows of one sweep as a `Curve` per preset and width, both in ascending order.
+
+    Where more than the learning rate was varied, every combination of a preset and the values that are not the
+    abscissa counts as a preset of its own.
+    """
+    rows = with_all_values(rows)
+    against, varied = abscissa(rows), varied_names(rows)
     grouped: dict[str, dict[int, dict[float, dict[int, float | None]]]] = {}
     for row in rows:
-        points = grouped.setdefault(row["preset"], {}).setdefault(row["width"], {})
-        points.setdefault(math.log2(row[ABSCISSA]), {})[row["seed"]] = row["val_loss"]
+        points = grouped.setdefault(series(row, against, varied), {}).setdefault(row["width"], {})
+        points.setdefault(math.log2(row[against]), {})[row["seed"]] = row["val_loss"]
     return {
-        preset: {width: _curve(preset, width, points) for width, points in sorted(widths.items())}
+        preset: {
+            width: _curve(preset, width, points, WORDS[against]) for width, points in sorted(widths.items())
+        }
         for preset, widths in sorted(grouped.items())
     }
 
 
-def _curve(preset: str, width: int, points: Mapping[float, Mapping[int, float | None]]) -> Curve:
+def _curve(preset: str, width: int, points: Mapping[float, Mapping[int, float | None]], what: str) -> Curve:
     finite, diverged = [], []
-    for log2_lr, losses in sorted(points.items()):
+    for log2_x, losses in sorted(points.items()):
         kept = {seed: loss for seed, loss in sorted(losses.items()) if loss is not None}
         if len(kept) < len(losses):
-            diverged.append(log2_lr)
+            diverged.append(log2_x)
         else:
-            finite.append((log2_lr, kept))
+            finite.append((log2_x, kept))
     by_seed = [kept for _, kept in finite]
     try:
-        loss = _seed_means(by_seed)
+        loss = _seed_means(by_seed, what)
     except ValueError as error:
         raise ValueError(f"{preset}, width {width}: {error}") from None
-    return Curve(np.array([log2_lr for log2_lr, _ in finite]), loss, by_seed, diverged)
+    return Curve(np.array([log2_x for log2_x, _ in finite]), loss, by_seed, diverged, what)
 
 
-def _seed_means(by_seed: Sequence[Mapping[int, float]]) -> np.ndarray:
+def _seed_means(by_seed: Sequence[Mapping[int, float]], what: str) -> np.ndarray:
     """Mean over the seeds per learning rate; two-way least squares where these have different seeds.
 
     With 5 seeds near the optimum and one elsewhere, plain means would compare a lucky seed with an average.
@@ -126,46 +137,46 @@ def _seed_means(by_seed: Sequence[Mapping[int, float]]) -> np.ndarray:
     effects, _, rank, _ = np.linalg.lstsq(np.array(design), np.array(target))
     if rank < effects.size:
         raise ValueError(
-            "some learning rates share no seed with the others, so their losses cannot be compared; "
-            "run one seed at every learning rate"
+            f"some {what}s share no seed with the others, so their losses cannot be compared; "
+            f"run one seed at every {what}"
         )
     return effects[: len(by_seed)]
 
 
-def _vertex(log2_lr: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _vertex(log2_x: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minima of quadratics fitted to `losses` `[resamples, points]`: (place, value), or NaN."""
-    centre = log2_lr.mean()
-    c0, c1, c2 = np.linalg.pinv(np.vander(log2_lr - centre, 3, increasing=True)) @ losses.T
+    centre = log2_x.mean()
+    c0, c1, c2 = np.linalg.pinv(np.vander(log2_x - centre, 3, increasing=True)) @ losses.T
     # A parabola flatter than rounding is no parabola.
     convex = c2 > 1e-9
     safe = np.where(convex, c2, 1.0)
     place, value = centre - c1 / (2 * safe), c0 - c1**2 / (4 * safe)
-    inside = convex & (place >= log2_lr[0]) & (place <= log2_lr[-1])
+    inside = convex & (place >= log2_x[0]) & (place <= log2_x[-1])
     return np.where(inside, place, np.nan), np.where(inside, value, np.nan)
 
 
 def find_optimum(curve: Curve) -> Optimum:
     """LR* of one curve, as the module's docstring defines it."""
-    x, loss = curve.log2_lr, curve.loss
+    x, loss = curve.log2_x, curve.loss
     if not x.size:
-        return Optimum(reason="every learning rate diverged", edge=True, side=-1)
+        return Optimum(reason=f"every {curve.what} diverged", edge=True, side=-1)
     best = int(np.argmin(loss))
     place = power_of_two(x[best])
     if best == x.size - 1 and any(d > x[best] for d in curve.diverged):
         reason = (
-            f"the best learning rate, {place}, is the largest that did not diverge: no minimum is bracketed"
+            f"the best {curve.what}, {place}, is the largest that did not diverge: no minimum is bracketed"
         )
         return Optimum(reason=reason, edge=True, side=1)
     if best in (0, x.size - 1):
         end, beyond, side = ("lowest", "below", -1) if best == 0 else ("highest", "above", 1)
-        reason = f"the best learning rate, {place}, is the {end} that was run: extend the grid {beyond} it"
+        reason = f"the best {curve.what}, {place}, is the {end} that was run: extend the grid {beyond} it"
         return Optimum(reason=reason, edge=True, side=side)
     window = tuple(int(i) for i in np.flatnonzero(np.abs(x - x[best]) <= OCTAVE))
     below, above = best - window[0], window[-1] - best
     if len(window) < MIN_POINTS or min(below, above) < MIN_SIDE:
         lost = sum(abs(d - x[best]) <= OCTAVE for d in curve.diverged)
         reason = (
-            f"within an octave of the best learning rate, {place}, there are {below} below it and {above} "
+            f"within an octave of the best {curve.what}, {place}, there are {below} below it and {above} "
             f"above{f' (not counting {lost} that diverged)' if lost else ''}; a fit takes {MIN_SIDE} on each "
             f"side, {MIN_POINTS} in all: {'use a finer grid' if lost else 'add half-octave ones'} there"
         )
@@ -208,13 +219,13 @@ def analyse_preset(widths: Mapping[int, Curve], base_width: int) -> dict[str, An
     # Resampled places of the optimum, per width that has one and 5 seeds.
     draws: dict[int, np.ndarray] = {}
     for width, optimum in optima.items():
-        if optimum.log2_lr is not None and len(optimum.seeds) >= MIN_SEEDS:
+        if optimum.log2_x is not None and len(optimum.seeds) >= MIN_SEEDS:
             means = _resampled_means(widths[width], optimum.window, optimum.seeds)
-            draws[width] = _vertex(widths[width].log2_lr[list(optimum.window)], means)[0]
+            draws[width] = _vertex(widths[width].log2_x[list(optimum.window)], means)[0]
     base = base_width if base_width in widths else min(widths)
     result: dict[str, Any] = {
         "base_width": base,
-        "optimum_log2_lr": {str(w): o.log2_lr for w, o in optima.items()},
+        "optimum_log2_x": {str(w): o.log2_x for w, o in optima.items()},
         "interval": {
             str(w): _interval(draws[w], len(optima[w].seeds)) if w in draws else None for w in optima
         },
@@ -223,19 +234,19 @@ def analyse_preset(widths: Mapping[int, Curve], base_width: int) -> dict[str, An
         "fit_rms_nats": {str(w): o.fit_rms for w, o in optima.items()},
         "fit_seeds": {str(w): len(o.seeds) for w, o in optima.items()},
         "best_run": {str(w): _best_run(curve) for w, curve in widths.items()},
-        "diverged_log2_lr": {str(w): curve.diverged for w, curve in widths.items()},
+        "diverged_log2_x": {str(w): curve.diverged for w, curve in widths.items()},
         "edge_minima": [w for w, o in optima.items() if o.edge],
         "edge_side": {str(w): o.side for w, o in optima.items() if o.edge},
     }
     result |= _drift(optima, draws, base)
     result |= _regret(widths, optima, base)
     # Whether one learning rate serves all widths at the grid's resolution; null where an optimum is missing.
-    places = [optimum.log2_lr for optimum in optima.values() if optimum.log2_lr is not None]
+    places = [optimum.log2_x for optimum in optima.values() if optimum.log2_x is not None]
     result["transfers"] = None
     if result["regret_diverged"]:
         result["transfers"] = False
     elif len(places) == len(optima) >= 2:
-        start = result["optimum_log2_lr"][str(base)]
+        start = result["optimum_log2_x"][str(base)]
         result["transfers"] = max(abs(place - start) for place in places) <= RESOLUTION
     result["proxy_from_width"] = _proxy_from_width(optima)
     return result
@@ -245,12 +256,12 @@ def _best_run(curve: Curve) -> dict[str, float] | None:
     if not curve.loss.size:
         return None
     best = int(np.argmin(curve.loss))
-    return {"log2_lr": float(curve.log2_lr[best]), "loss_nats": float(curve.loss[best])}
+    return {"log2_x": float(curve.log2_x[best]), "loss_nats": float(curve.loss[best])}
 
 
 def _drift(optima: Mapping[int, Optimum], draws: Mapping[int, np.ndarray], base: int) -> dict[str, Any]:
     nothing = {"drift_octaves_per_doubling": None, "drift_interval": None, "shift_octaves": None}
-    places = {width: optimum.log2_lr for width, optimum in optima.items() if optimum.log2_lr is not None}
+    places = {width: optimum.log2_x for width, optimum in optima.items() if optimum.log2_x is not None}
     missing = [width for width in optima if width not in places]
     if missing:
         return nothing | {"drift_reason": f"no optimum at width {', '.join(map(str, missing))}"}
@@ -273,7 +284,7 @@ def _drift(optima: Mapping[int, Optimum], draws: Mapping[int, np.ndarray], base:
 
 def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: int) -> dict[str, Any]:
     widest = max(widths)
-    curve, optimum, asked = widths[widest], optima[widest], optima[base].log2_lr
+    curve, optimum, asked = widths[widest], optima[widest], optima[base].log2_x
     out: dict[str, Any] = {
         "regret_nats": None,
         "regret_standard_error": None,
@@ -286,11 +297,9 @@ def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: in
     if asked is None:
         return out | {"regret_reason": f"no optimum at the base width {base}"}
     # Ties go to the lower learning rate.
-    nearest = min(
-        sorted([*curve.log2_lr.tolist(), *curve.diverged]), key=lambda log2_lr: abs(log2_lr - asked)
-    )
+    nearest = min(sorted([*curve.log2_x.tolist(), *curve.diverged]), key=lambda log2_x: abs(log2_x - asked))
     distance = nearest - asked
-    run = {"width": widest, "log2_lr": nearest, ABSCISSA: 2.0**nearest, "distance_octaves": distance}
+    run = {"width": widest, "log2_x": nearest, "value": 2.0**nearest, "distance_octaves": distance}
     out["regret_run"] = run
     if abs(distance) > RESOLUTION:
         reason = (
@@ -303,14 +312,14 @@ def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: in
             "regret_diverged": True,
             "regret_reason": f"the run at {power_of_two(nearest)} diverged",
         }
-    index = curve.log2_lr.tolist().index(nearest)
+    index = curve.log2_x.tolist().index(nearest)
     run["loss_nats"] = float(curve.loss[index])
     if optimum.minimum is None:
         return out | {"regret_reason": f"no optimum at width {widest}"}
     out["regret_nats"] = float(curve.loss[index]) - optimum.minimum
     if len(optimum.seeds) >= MIN_SEEDS and set(optimum.seeds) <= curve.by_seed[index].keys():
         means = _resampled_means(curve, (*optimum.window, index), optimum.seeds)
-        draws = means[:, -1] - _vertex(curve.log2_lr[list(optimum.window)], means[:, :-1])[1]
+        draws = means[:, -1] - _vertex(curve.log2_x[list(optimum.window)], means[:, :-1])[1]
         draws = draws[~np.isnan(draws)]
         if draws.size >= (1 - LOST_RESAMPLES) * RESAMPLES:
             # A bootstrap's variance is short by (seeds - 1) / seeds.
@@ -321,7 +330,7 @@ def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: in
 
 def _proxy_from_width(optima: Mapping[int, Optimum]) -> int | None:
     """Smallest width above 64 whose LR* lies within half an octave of that of every wider width."""
-    places = [(width, optimum.log2_lr) for width, optimum in optima.items()]
+    places = [(width, optimum.log2_x) for width, optimum in optima.items()]
     for index, (width, own) in enumerate(places[:-1]):
         wider = [place for _, place in places[index + 1 :]]
         if width <= NOT_ASYMPTOTIC or own is None:

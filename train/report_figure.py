@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from train.report_analysis import Curve, curves
+from train.vary import WORDS
 
 # Sized for a page 900 pixels wide: 9 inches there are 100 pixels an inch, so 10 points are 14 pixels.
 STYLE: dict[Any, Any] = {
@@ -80,7 +81,7 @@ def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]
     best = np.array([curve.loss.min() for curve in basins])
     rises = np.concatenate(
         [
-            curve.loss[np.abs(curve.log2_lr - curve.log2_lr[curve.loss.argmin()]) <= 2.1] - curve.loss.min()
+            curve.loss[np.abs(curve.log2_x - curve.log2_x[curve.loss.argmin()]) <= 2.1] - curve.loss.min()
             for curve in basins
         ]
     )
@@ -97,6 +98,7 @@ def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]
 def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw `transfer.png` for the rows of one sweep and their report (`report.analyse`)."""
     by_preset = curves(rows)
+    what = WORDS[report["abscissa"]]
     widths = report["widths"]
     styles: dict[int, Style] = {
         width: (colour, MARKERS[index % len(MARKERS)])
@@ -144,7 +146,7 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
                 fontsize=8.5 if columns > 2 else 9.5,
                 color="#444444",
             )
-            panel.set_xlabel("learning rate")
+            panel.set_xlabel(what)
             panel.tick_params(length=3, labelbottom=True)
             if index % columns == 0:
                 panel.set_ylabel("validation loss (nats per token)")
@@ -166,7 +168,7 @@ def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -
         spread = np.array([[min(losses.values()), max(losses.values())] for losses in curve.by_seed])
         around = np.abs(spread.T - curve.loss)
         bars = panel.errorbar(
-            curve.log2_lr,
+            curve.log2_x,
             curve.loss,
             around,
             fmt="none",
@@ -177,7 +179,7 @@ def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -
         )
         artists += [artist for part in bars.lines[1:] for artist in part]
     artists += panel.plot(
-        curve.log2_lr,
+        curve.log2_x,
         curve.loss,
         color=colour,
         lw=1.7,
@@ -190,7 +192,7 @@ def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -
     # Not into the strip of the diverged runs.
     for artist in artists:
         artist.set_clip_path(Rectangle((-1e3, -1e6), 2e3, 1e6 + top, transform=panel.transData))
-    beyond = curve.log2_lr[curve.loss > top]
+    beyond = curve.log2_x[curve.loss > top]
     if beyond.size:
         below = ScaledTranslation(0, -5 / 72, panel.figure.dpi_scale_trans)
         panel.plot(
@@ -211,7 +213,7 @@ def _optimum(
     panel: Axes, preset: Mapping[str, Any], width: int, curve: Curve, colour: Any, bottom: float
 ) -> bool:
     """Star and guide for an optimum; an arrow towards it where it lies beyond the curve (then true)."""
-    place = preset["optimum_log2_lr"][str(width)]
+    place = preset["optimum_log2_x"][str(width)]
     if place is not None:
         loss = preset["minimum_nats"][str(width)]
         panel.plot([place, place], [bottom, loss], color=colour, lw=0.9, ls=(0, (4, 2)), zorder=2)
@@ -223,7 +225,7 @@ def _optimum(
     best = int(curve.loss.argmin())
     panel.annotate(
         "",
-        (curve.log2_lr[best], curve.loss[best]),
+        (curve.log2_x[best], curve.loss[best]),
         (side * 19, 0),
         textcoords="offset points",
         arrowprops={
@@ -260,9 +262,7 @@ def _diverged(
 
 
 def _x_axis(panel: Axes, by_preset: Mapping[str, Mapping[int, Curve]]) -> None:
-    places = [
-        x for p in by_preset.values() for curve in p.values() for x in (*curve.log2_lr, *curve.diverged)
-    ]
+    places = [x for p in by_preset.values() for curve in p.values() for x in (*curve.log2_x, *curve.diverged)]
     low, high = min(places), max(places)
     panel.set_xlim(low - 0.35, high + 0.35)
     panel.xaxis.set_major_locator(MultipleLocator(1 if high - low <= 8 else 2))
@@ -295,7 +295,11 @@ def _header(
 ) -> None:
     title = f"{report['optimizer']}, regime {report['regime']}, {amount(report['tokens'])} tokens a run"
     figure.text(
-        0.012, 1 - 0.26 / height, f"Loss against learning rate: {title}", fontsize=12.5, fontweight="bold"
+        0.012,
+        1 - 0.26 / height,
+        f"Loss against {WORDS[report['abscissa']]}: {title}",
+        fontsize=12.5,
+        fontweight="bold",
     )
     handles = [
         Line2D(

@@ -5,7 +5,8 @@ import math
 import pathlib
 from typing import Any
 
-from train.report_analysis import ABSCISSA
+from train.ledger import CONFIG_FILE, POINT_KEYS
+from train.vary import LEARNING_RATE, VARIED, with_all_values
 
 Rows = list[dict[str, Any]]
 
@@ -14,7 +15,7 @@ KEYS = (
     "optimizer",
     "regime",
     "width",
-    ABSCISSA,
+    LEARNING_RATE,
     "seed",
     "steps",
     "tokens",
@@ -57,9 +58,17 @@ def read_rows(path: pathlib.Path) -> Rows:
             raise ValueError(f"{path}, line {number}, must be a JSON object; got {line[:60]!r}")
         rows.append(row)
     try:
-        return check_rows(rows)
+        return check_rows(with_all_values(rows, _configured_decay(path.with_name(CONFIG_FILE))))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _configured_decay(path: pathlib.Path) -> float | None:
+    """The weight decay of a sweep's runs that do not name their own, from its configuration if that is there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["optimizer"]["weight_decay"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_rows(rows: Rows) -> Rows:
@@ -74,7 +83,8 @@ def check_rows(rows: Rows) -> Rows:
             raise ValueError(
                 f"row {number} lacks {', '.join(missing)}; was it written by another version of `gdn sweep`?"
             )
-        for key, whole in (("width", True), (ABSCISSA, False)):
+        varied = [(key, False) for key in VARIED if key in row]
+        for key, whole in (("width", True), (LEARNING_RATE, False), *varied):
             value = row[key]
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ValueError(f"row {number}: {key} must be a number; got {value!r}")
@@ -90,10 +100,10 @@ def check_rows(rows: Rows) -> Rows:
                 f"row {number}: val_loss must be null exactly where diverged_at_step is not; "
                 f"got {loss!r} and {stopped!r}"
             )
-        point = (row["preset"], row["width"], row[ABSCISSA], row["seed"])
+        point = tuple(row[key] for key in (*POINT_KEYS, *(key for key in VARIED if key in row)))
         if point in seen and seen[point] != loss:
             raise ValueError(
-                f"row {number}: preset {point[0]}, width {point[1]}, {ABSCISSA} {point[2]:g}, seed "
+                f"row {number}: preset {point[0]}, width {point[1]}, learning_rate {point[2]:g}, seed "
                 f"{point[3]} is there twice, with val_loss {seen[point]} and {loss}; "
                 "keep the ledgers of different sweeps apart"
             )

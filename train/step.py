@@ -112,8 +112,10 @@ class Program:
         """Tree of ``ParamSpec`` with the structure of the parameters."""
         return self._abstract[1]
 
-    def hparams(self, learning_rate: float, preset: str, weight_decay: float | None = None) -> HParams:
-        """The traced arguments of one point, as float32 numpy scalars."""
+    def hparams(
+        self, learning_rate: float, preset: str, weight_decay: float | None = None, **factors: float
+    ) -> HParams:
+        """The traced arguments of one point, as float32 numpy scalars; factors as of `mup.adjusted`."""
         rules = mup.resolve_rules(
             self.specs,
             preset=preset,
@@ -121,6 +123,7 @@ class Program:
             sizes=self.config.axis_sizes,
             base_sizes=self.config.base_axis_sizes,
         )
+        rules = mup.adjusted(rules, self.specs, **factors)
         decay = self.options.weight_decay if weight_decay is None else weight_decay
         return jax.tree.map(np.float32, HParams(learning_rate, decay, rules))
 

@@ -1,8 +1,7 @@
 """A sweep of width x preset x learning rate x seed: the plan, and its execution from a ledger.
 
-Per width one compiled program serves every point. Points are packed: each device runs its share of a
-pack, side by side under ``vmap`` on an accelerator, alone on a CPU, where packing does not pay. Packs
-follow from the plan alone, never from what is left to do, so that a resumed sweep computes the same.
+Per width one compiled program serves every point. Points are packed: each device runs its share of a pack, side by
+side on an accelerator, alone on a CPU. Packs follow from the plan alone, so that a resumed sweep computes the same.
 """
 
 import concurrent.futures
@@ -32,6 +31,7 @@ from train.ledger import Ledger, code_version, make_writable, only_process
 from train.mesh import SWEEP, make_mesh
 from train.rates import OCTAVE_STEP, parse_rates, power_of_two
 from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
+from train.vary import Varied, combinations, default_values, parse_vary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class SweepOptions:
     grids: tuple[str, ...] = ()
     """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed; the
     first that fits counts."""
+    vary: tuple[str, ...] = ()
+    """NAME=VALUES of weight_decay, or of the factors embedding_lr, gate_lr, init_scale; each with each is run."""
     points_per_device: int | None = None
     """Points that one device trains side by side; by default 1 on a CPU, and 8 on an accelerator."""
 
@@ -81,6 +83,7 @@ class SweepOptions:
         parse_rates(self.learning_rates)
         self._shifts()
         self._grids()
+        self.varied()
 
     def grid(self, preset: str, width: int, base_width: int) -> tuple[float, ...]:
         """Learning rates of a preset at a width, ascending."""
@@ -94,6 +97,10 @@ class SweepOptions:
         for rate in rates:
             check_learning_rate(rate, f"--shifts: the learning rates of {preset} at width {width}")
         return rates
+
+    def varied(self) -> dict[str, tuple[float, ...]]:
+        """The values of `vary` by name."""
+        return parse_vary(self.vary, parse_rates)
 
     def _shifts(self) -> dict[str, float]:
         result = {}
@@ -141,19 +148,22 @@ class Point:
     width: int
     learning_rate: float
     seed: int
+    varied: Varied = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
         """As ``ledger.point_key`` of its row."""
-        return (self.preset, self.width, self.learning_rate, self.seed)
+        return (self.preset, self.width, self.learning_rate, self.seed, self.varied)
 
 
-def plan_points(options: SweepOptions, base_width: int) -> dict[int, list[Point]]:
-    """The points of each width, in the order in which they are packed."""
+def plan_points(options: SweepOptions, base_width: int, weight_decay: float = 0.0) -> dict[int, list[Point]]:
+    """The points of each width, in the order of their packs; ``weight_decay`` is the configured one."""
+    settings = combinations(options.varied(), weight_decay)
     return {
         width: [
-            Point(preset, width, rate, seed)
+            Point(preset, width, rate, seed, setting)
             for preset in options.presets
+            for setting in settings
             for rate in options.grid(preset, width, base_width)
             for seed in options.seeds
         ]
@@ -202,7 +212,7 @@ def run_sweep(
     progress = progress or Progress()
     model = model.with_base(min(options.widths))
     assert model.base_width is not None, "with_base has set it"
-    plan = plan_points(options, model.base_width)
+    plan = plan_points(options, model.base_width, optimizer.weight_decay)
     data = prepare(data_config)
     programs = {
         width: Program(
@@ -211,7 +221,7 @@ def run_sweep(
         for width in plan
     }
     hparams = {
-        point: programs[width].hparams(point.learning_rate, point.preset)
+        point: programs[width].hparams(point.learning_rate, point.preset, **dict(point.varied))
         for width, points in plan.items()
         for point in points
     }
@@ -223,16 +233,21 @@ def run_sweep(
 
 
 def identity(
-    model: ModelOptions, optimizer: OptimizerOptions, data_config: DataConfig, data: PreparedData, steps: int
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    data_config: DataConfig,
+    data: PreparedData | None,
+    steps: int,
 ) -> dict[str, Any]:
-    """What all points of a ledger share; JSON-able."""
+    """What all points of a ledger share; JSON-able. Without `data` (not read yet) it lacks their fingerprint."""
     read = dataclasses.asdict(data_config)
-    # Where the text lies does not matter, what it says does: the fingerprint covers it.
+    # Where the text lies does not matter: the fingerprint says what it is.
     del read["cache_dir"], read["corpus"]
     return {
-        "model": dataclasses.asdict(model),
+        # Recomputing changes no result: always as the first ledgers have it.
+        "model": dataclasses.asdict(model) | {"remat": False},
         "optimizer": dataclasses.asdict(optimizer),
-        "data": read | {"fingerprint": data.fingerprint},
+        "data": read | ({} if data is None else {"fingerprint": data.fingerprint}),
         "steps": steps,
     }
 
@@ -267,7 +282,7 @@ def _execute(
         "config_fingerprint": ledger.fingerprint,
         "regime": regime,
         "device": jax.devices()[0].device_kind,
-    }
+    } | default_values(options.varied(), programs[next(iter(plan))].options.weight_decay)
     left = [width for width in plan if todo[width]]
     batch = train_batch(data, data_config, 0)
 
@@ -299,7 +314,7 @@ def _execute(
                     progress,
                 )
                 for row in rows:
-                    ledger.append(row | shared)
+                    ledger.append(shared | row)
 
 
 def _stacked(pack: Sequence[Point], hparams: Mapping[Point, HParams]) -> HParams:
@@ -346,6 +361,7 @@ def _run_pack(
                 "width": point.width,
                 "learning_rate": point.learning_rate,
                 "seed": point.seed,
+                **dict(point.varied),
                 "steps": program.steps,
                 "tokens": tokens,
                 "val_loss": float(losses[index]) if lost_at is None else None,

@@ -23,14 +23,18 @@ from train.config import (
     check_learning_rate,
     check_preset_name,
 )
-from train.data import DataConfig, prepare, train_loader, validation_batches
+from train.coordinates import measurement
+from train.data import Batch, DataConfig, prepare, train_loader, validation_batches
 from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
 from train.step import Metrics, Program, TrainState, compile_program
 from train.sweep import identity
+from train.tuned import ChangeName, differences, plan, read_tuning, require_accepted
 
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+COORDINATES_FILE = "coordinates.jsonl"
+DEFAULT_LEARNING_RATE = 2.0**-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,14 @@ class TrainOptions:
     """Folder of checkpoints and log; a run that was stopped goes on from it."""
     width: int = 64
     """Model width."""
-    learning_rate: float = 2.0**-7
-    """Peak learning rate at the base width."""
-    preset: PresetName = "mup"
-    """Parametrization."""
+    learning_rate: float | None = None
+    """Peak learning rate at the base width; by default 2^-7, or what --tuned-by found."""
+    preset: PresetName | None = None
+    """Parametrization; by default mup, or the one that --tuned-by found to transfer."""
+    tuned_by: pathlib.Path | None = None
+    """Folder of a sweep: its optimum, preset, optimizer, base sizes, data settings and steps are the defaults here."""
+    accept_change: tuple[ChangeName, ...] = ()
+    """With --tuned-by: in what this run may differ from the sweep, although that may move the optimum."""
     seed: int = 0
     """Seed of the initialisation; the data have their own."""
     steps: int = 200
@@ -55,17 +63,30 @@ class TrainOptions:
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 100
     """Steps between validations; the last step is always validated."""
+    coordinates_every: int = 0
+    """Steps between rows of coordinates.jsonl, per layer: sizes of activations and of what updates do, saturation of
+    the gates, coherence of their gradients. 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("width", "steps", "checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
+        if self.coordinates_every < 0:
+            raise ValueError(f"--coordinates-every must be 0 or more; got {self.coordinates_every}.")
         if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
             raise ValueError(f"--stop-at must be from 1 to --steps ({self.steps}); got {self.stop_at}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed must be in [0, 2^31); got {self.seed}.")
-        check_learning_rate(self.learning_rate)
-        check_preset_name(self.preset, "--preset")
+        if self.learning_rate is not None:
+            check_learning_rate(self.learning_rate)
+        if self.preset is not None:
+            check_preset_name(self.preset, "--preset")
+        if self.tuned_by is not None and self.learning_rate is not None:
+            raise ValueError("--learning-rate is what --tuned-by gives; use one of the two.")
+        if self.accept_change and self.tuned_by is None:
+            raise ValueError(
+                "--accept-change says in what a run may differ from --tuned-by; name that sweep."
+            )
 
 
 def run_training(
@@ -91,11 +112,24 @@ def run_training(
         ValueError: anything wrong with options, corpus or folder; before any compilation.
     """
     model = model.with_base(DEFAULT_BASE_WIDTH)
-    data = prepare(data_config)
+    if options.tuned_by is None:
+        data = prepare(data_config)
+        learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
+    else:
+        tuning = read_tuning(options.tuned_by, options.preset, options.width)
+        now = identity(model, optimizer, data_config, None, options.steps)
+        require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
+        data = prepare(data_config)
+        now = identity(model, optimizer, data_config, data, options.steps)
+        changed = differences(tuning.config, now)
+        require_accepted(changed, options.accept_change, options.tuned_by)
+        for line in plan(tuning, options.width, now, changed):
+            say(line)
+        learning_rate, preset = tuning.learning_rate, tuning.preset
     program = Program(
         model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
     )
-    hparams = program.hparams(options.learning_rate, options.preset)
+    hparams = program.hparams(learning_rate, preset)
     devices = len(jax.devices())
     if data_config.batch_size % devices:
         raise ValueError(
@@ -107,8 +141,8 @@ def run_training(
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
             "run": {
                 "width": options.width,
-                "learning_rate": options.learning_rate,
-                "preset": options.preset,
+                "learning_rate": learning_rate,
+                "preset": preset,
                 "seed": options.seed,
             }
         }
@@ -147,6 +181,7 @@ def _train(
     log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
     tokens_per_step = data_config.batch_size * data_config.sequence_length
     held_out = validation_batches(data, data_config)
+    coordinates = CoordinateLog.begin(options, program, hparams, held_out[0], first)
     clock = _Clock(tokens_per_step)
 
     def observe(step: int, metrics: Metrics) -> None:
@@ -168,6 +203,8 @@ def _train(
             loss = float(loop.mean_validation_loss(compiled, state, held_out))
             log.write({"step": step, "val_loss": _finite(loss)})
             say(f"step {step:>6}  validation {loss:.4f}")
+        if coordinates is not None and (step % options.coordinates_every == 0 or step == options.steps):
+            coordinates.write(step, state)
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(step, state, loader.get_state(), run_identity)
 
@@ -188,6 +225,8 @@ def _train(
     if summary["diverged_at_step"]:
         say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
     log.close()
+    if coordinates is not None:
+        coordinates.close()
     return summary
 
 
@@ -244,6 +283,31 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class CoordinateLog:
+    """Rows of `coordinates.measure`, as a training run goes on."""
+
+    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog) -> None:
+        self._measure, self._log = measure, log
+
+    @classmethod
+    def begin(
+        cls, options: TrainOptions, program: Program, hparams: Any, held_out: Batch, first: int
+    ) -> "CoordinateLog | None":
+        """The log of a run that goes on after ``first`` steps, or None where none is asked for."""
+        if not options.coordinates_every:
+            return None
+        measure = measurement(program, options.seed, hparams, held_out)
+        return cls(measure, MetricsLog(options.out / COORDINATES_FILE, keep_until=first))
+
+    def write(self, step: int, state: TrainState) -> None:
+        """Measures a state and adds its row."""
+        self._log.write({"step": step, **self._measure(state)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._log.close()
 
 
 class _Clock:

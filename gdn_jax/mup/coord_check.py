@@ -8,7 +8,7 @@ appendix D; arXiv:2606.04048, section 5.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -173,12 +173,12 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         _, now = forward(params)
         added = {name: jnp.zeros_like(now[name]) for name in GRADIENTS_AT}
         grads = jax.grad(lambda added: mean_loss(forward(params, added)[0], probe))(added)
-        shown = [name for name in now if name not in _INPUTS]
+        shown = [name for name in now if name not in INPUTS]
         delta = jax.tree.map(jnp.subtract, params, start)
         return {
             "absolute": {name: _mean_abs(now[name]) for name in shown},
             "change": {name: _mean_abs(now[name] - before[name]) for name in shown},
-            "update": _updates(delta, specs, before, probe.tokens),
+            "update": update_sizes(delta, specs, before, probe.tokens),
             "gradient": {name: _mean_abs(grad) for name, grad in grads.items()},
         }
 
@@ -190,7 +190,7 @@ def _mean_abs(x: jax.Array) -> jax.Array:
 
 
 # Tapped as inputs of matrices, not as quantities of their own.
-_INPUTS = ("mixer_input", "mixer_hidden", "mlp_input", "mlp_hidden")
+INPUTS = ("mixer_input", "mixer_hidden", "mlp_input", "mlp_hidden")
 
 # Input of each matrix; this module knows the language model it measures.
 _INPUT_OF = {
@@ -208,7 +208,22 @@ _INPUT_OF = {
 }
 
 
-def _updates(delta: Any, specs: Any, before: dict[str, jax.Array], tokens: jax.Array) -> dict[str, jax.Array]:
+def update_sizes(
+    delta: Any,
+    specs: Any,
+    before: dict[str, jax.Array],
+    tokens: jax.Array,
+    mean: Callable[[jax.Array, bool], jax.Array] = lambda x, _: _mean_abs(x),
+) -> dict[str, jax.Array]:
+    """What each parameter's change does: mean |dW x0| of a matrix, of the rest mean |dw|.
+
+    Args:
+        delta: change of the parameters, a nested dict.
+        specs: their declarations.
+        before: tapped values at the start, which x0 is taken from.
+        tokens: ``[B, T]`` of the batch that ``before`` comes from.
+        mean: of an array, told whether its leading axis is that of the layers; all of it by default.
+    """
     flat = nnx.traversals.flatten_mapping(delta)
     flat_specs = nnx.traversals.flatten_mapping(specs)
     sizes = {}
@@ -217,16 +232,15 @@ def _updates(delta: Any, specs: Any, before: dict[str, jax.Array], tokens: jax.A
         name = "/".join(path)
         if path == ("embedding",):
             # On its input: the rows of the probe's tokens.
-            sizes[name] = _mean_abs(change[tokens])
+            sizes[name] = mean(change[tokens], False)
         elif path in _INPUT_OF:
             x = before[_INPUT_OF[path]]
             # Fold heads and head dims: [.., B, T, in] by [.., in, out].
             lead = 1 if spec.axes[0] == "layers" else 0
             width = int(np.prod(change.shape[lead : lead + len(spec.in_axes)]))
             kernel = change.reshape(*change.shape[:lead], width, -1)
-            sizes[name] = _mean_abs(
-                jnp.einsum("...bti,...io->...bto", x.reshape(*x.shape[: lead + 2], width), kernel)
-            )
+            effect = jnp.einsum("...bti,...io->...bto", x.reshape(*x.shape[: lead + 2], width), kernel)
+            sizes[name] = mean(effect, lead == 1)
         else:
-            sizes[name] = _mean_abs(change)
+            sizes[name] = mean(change, spec.axes[0] == "layers")
     return sizes

@@ -240,6 +240,36 @@ def resolve_rules(
     )
 
 
+# The roles that each factor of :func:`adjusted` acts on.
+_EMBEDDINGS = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING})
+_GATES = frozenset({Role.GATE_MATRIX, Role.GATE_SCALAR})
+_MATRICES = frozenset({Role.MATRIX, Role.GATE_MATRIX})
+
+
+def adjusted(
+    rules: Rules, specs: Any, *, embedding_lr: float = 1.0, gate_lr: float = 1.0, init_scale: float = 1.0
+) -> Rules:
+    """The rules with some values multiplied, the same at every width: further hyperparameters that may transfer.
+
+    Args:
+        rules: of a model.
+        specs: its parameters' declarations.
+        embedding_lr: factor on the embedding's learning rate, tied or not.
+        gate_lr: factor on the learning rates of gate matrices and gate scalars.
+        init_scale: factor on the initial standard deviation of matrices, gate matrices included.
+    """
+    roles = {spec.group: spec.role for spec in spec_leaves(specs)}
+    groups = {}
+    for group, rule in rules.groups.items():
+        role = roles[group]
+        rate = (embedding_lr if role in _EMBEDDINGS else 1.0) * (gate_lr if role in _GATES else 1.0)
+        groups[group] = rule._replace(
+            init_std=rule.init_std * (init_scale if role in _MATRICES else 1.0),
+            lr_multiplier=rule.lr_multiplier * rate,
+        )
+    return rules._replace(groups=groups)
+
+
 def spec_leaves(specs: Any) -> Iterable[ParamSpec]:
     """The specs of a tree, in the order of ``jax.tree.leaves``."""
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))

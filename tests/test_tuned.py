@@ -1,0 +1,201 @@
+"""`gdn train --tuned-by`: what it takes from a sweep, what it prints, and what it refuses before any compilation."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+import tiny
+
+from train import train_run
+from train.__main__ import main
+from train.data import prepare
+from train.sweep import identity
+from train.tuned import CHANGES, differences, read_tuning
+
+STEPS = 3
+GRID = [2.0 ** (-9 + 0.5 * i) for i in range(13)]
+
+
+def sweep(folder, name, optima, *, preset="mup", seeds=(0,), grid=GRID):
+    """A finished sweep with planted optima (width to log2); its data are those of `tiny.data_config`."""
+    out = folder / name
+    out.mkdir(exist_ok=True)
+    data_config = tiny.data_config(folder)
+    config = identity(tiny.MODEL, tiny.OPTIMIZER, data_config, prepare(data_config), STEPS)
+    (out / "sweep.json").write_text(json.dumps(config))
+    with (out / "rows.jsonl").open("a") as file:
+        for width, optimum in optima.items():
+            for rate in grid:
+                for seed in seeds:
+                    row = {
+                        "preset": preset,
+                        "optimizer": "adamw",
+                        "regime": "heads",
+                        "width": width,
+                        "learning_rate": rate,
+                        "seed": seed,
+                        "steps": STEPS,
+                        "tokens": STEPS * 8 * 16,
+                        "val_loss": 4 + 0.05 * (math.log2(rate) - optimum) ** 2,
+                        "diverged_at_step": None,
+                        "config_fingerprint": "f",
+                        "code_version": "v",
+                        "base_width": 8,
+                    }
+                    file.write(json.dumps(row) + "\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    sweep(folder, "good", {8: -6.2, 16: -6.3, 32: -6.1})
+    sweep(folder, "good", {8: -6.2, 16: -7.2, 32: -8.2}, preset="sp", grid=[rate / 4 for rate in GRID])
+    sweep(folder, "drifting", {8: -6.0, 16: -7.0})
+    sweep(folder, "edge", {8: -6.0, 16: -3.0})
+    sweep(folder, "coarse", {8: -6.0, 16: -6.0}, grid=GRID[::2])
+    sweep(folder, "narrow", {8: -6.0})
+    sweep(folder, "narrow_sp", {8: -6.0}, preset="sp")
+    return folder
+
+
+def run(folder, words):
+    """Exit code, what was printed, and the errors of `gdn train` with the tiny corpus."""
+    words = ["train", "--out", str(folder / "out"), *words.format(folder).split()]
+    if "--data.corpus" not in words:
+        words += ["--data.corpus", str(folder / "corpus.txt")]
+    words += ["--data.cache-dir", str(folder / "cache")]
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+    return stop.value.code, said.getvalue(), errors.getvalue()
+
+
+def test_the_run_is_the_sweeps_at_another_width(folder):
+    code, said, errors = run(folder, "--tuned-by {0}/good --width 64 --out {0}/taken")
+    assert (code, errors) == (0, "")
+    lines = said.splitlines()
+    # The plan comes first.
+    assert lines[0] == f"plan: width 64, tuned by {folder}/good at width 8"
+    assert lines[1].startswith("  learning rate 0.0136 = 2^-6.2 at the base, no interval; preset mup, adamw")
+    assert "width 8, 1 key heads of 8, 1 value heads of 8; what grows: heads" in lines[2]
+    assert "1 layers, float32; T 16, batch 8, 3 steps = 384 tokens; vocabulary bytes; decay 0.1" in lines[3]
+    assert "the optimum of mup transfers" in lines[4]
+    assert lines[5] == "  width 64 lies beyond the swept ones, 8 to 32"
+    begun = json.loads((folder / "taken/run.json").read_text())
+    assert begun["run"] == {
+        "width": 64,
+        "learning_rate": pytest.approx(2**-6.2),
+        "preset": "mup",
+        "seed": 0,
+    }
+    del begun["run"]
+    assert begun == json.loads((folder / "good/sweep.json").read_text())
+
+
+@pytest.fixture
+def no_compilation(monkeypatch):
+    def compiled(*_args, **_options):
+        raise AssertionError("a refusal must come before anything is traced")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+
+
+REFUSED = [
+    ("--tuned-by {0}/drifting", "the optimum of mup does not transfer (moving −1.00 octave per doubling"),
+    ("--tuned-by {0}/edge", "the optimum of mup at width 16 lies on an edge: the best learning rate, 2^-3, is"),
+    ("--tuned-by {0}/coarse", "the optimum of mup at width 8 is not resolved: within an octave"),
+    ("--tuned-by {0}/narrow_sp", "has one width, which does not show that the optimum of sp transfers"),
+    ("--tuned-by {0}/good --preset sp", "the optimum of sp does not transfer"),
+    ("--tuned-by {0}/good --preset paper_code", "--preset must be one that"),
+    ("--tuned-by {0}/good --learning-rate 0.1", "use one of the two"),
+    ("--tuned-by {0}/nowhere", "--tuned-by must be a folder that `gdn sweep --out` wrote"),
+    ("--accept-change depth", "name that sweep"),
+    ("--tuned-by {0}/good --accept-change length", "invalid choice 'length'"),
+    ("--tuned-by {0}/good --model.layers 2", "depth: layers 1 -> 2"),
+    ("--tuned-by {0}/good --data.sequence-length 32", "sequence_length: sequence_length 16 -> 32; tokens: 384 -> 768"),
+    ("--tuned-by {0}/good --data.batch-size 16", "batch: batch_size 8 -> 16; tokens: 384 -> 768"),
+    ("--tuned-by {0}/good --steps 6", "tokens: 384 -> 768"),
+    ("--tuned-by {0}/good --optimizer.warmup-fraction 0.2", "schedule: warmup_fraction 0.1 -> 0.2"),
+    ("--tuned-by {0}/good --data.tokenizer bpe --data.vocab-size 300", "vocabulary: bytes -> bpe 300"),
+    ("--tuned-by {0}/good --model.compute-dtype bfloat16", "dtype: compute_dtype float32 -> bfloat16"),
+    ("--tuned-by {0}/good --optimizer.weight-decay 0", "decay: weight_decay 0.1 -> 0.0"),
+    ("--tuned-by {0}/good --optimizer.beta2 0.99", "optimizer: beta2 0.95 -> 0.99"),
+    ("--tuned-by {0}/good --data.corpus {0}/other.txt", "corpus: "),
+    ("--tuned-by {0}/good --model.layers 2 --steps 6 --accept-change depth", "--accept-change depth tokens."),
+    ("--tuned-by {0}/good --model.key-dim 16", "base sizes and optimizer must be those of the sweep (key_dim 8 -> 16)"),
+    ("--tuned-by {0}/good --optimizer sgd", "(optimizer adamw -> sgd)"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_compilation")
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_refusals(folder, words, message):
+    (folder / "other.txt").write_text((folder / "corpus.txt").read_text() + "\n\nabba cede fog")
+    code, said, errors = run(folder, words + " --width 16")
+    assert (code, said) == (2, "")
+    assert message in errors
+    assert errors.startswith("gdn: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Everything up to the first array: what the run was begun with, and its summary."""
+    begun = []
+
+    def trained(options, program, *rest):
+        begun.append((options, program))
+        return {"val_loss": None, "diverged_at_step": None, "steps": 0}
+
+    monkeypatch.setattr(train_run, "_train", trained)
+    return begun
+
+
+def test_a_named_change_is_accepted_and_told(folder, no_training):
+    code, said, errors = run(
+        folder,
+        "--tuned-by {0}/good --width 8 --model.layers 2 --steps 1 --accept-change tokens depth --out {0}/accepted",
+    )
+    assert (code, errors) == (0, "")
+    assert "  accepted change of depth: layers 1 -> 2\n  accepted change of tokens: 384 -> 128\n" in said
+    options, program = no_training[0]
+    assert (options.steps, program.config.num_layers) == (1, 2)
+
+
+def test_one_width_tunes_mup_and_the_plan_says_what_is_not_shown(folder, no_training):
+    tuning = read_tuning(folder / "narrow", None, 32)
+    assert (tuning.preset, tuning.width, tuning.log2_lr) == ("mup", 8, pytest.approx(-6.0))
+    code, said, _ = run(folder, "--tuned-by {0}/narrow --width 16 --out {0}/one")
+    assert (code, len(no_training)) == (0, 1)
+    assert "that the optimum transfers is what mup promises, not shown" in said
+
+
+def test_the_committed_sweep_has_no_optimum_at_its_base_so_it_tunes_nothing():
+    with pytest.raises(ValueError, match="the optimum of mup at width 128 lies on an edge"):
+        read_tuning(pathlib.Path(__file__).parents[1] / "docs/results/adamw-heads", "mup", 1024)
+
+
+def test_every_field_of_a_sweep_is_compared_or_left_out_on_purpose(folder):
+    """A new option must be put somewhere; else it could differ unseen."""
+    config = json.loads((folder / "good/sweep.json").read_text())
+    # The order of rows, the size of the validation set, and what the fingerprint covers.
+    unseen = {"remat", "seed", "validation_batches", "validation_fraction"}
+    for part in ("model", "optimizer", "data"):
+        for field, value in config[part].items():
+            if field in unseen or field == "vocab_size":
+                continue
+            other = "other" if isinstance(value, str) or value is None else value + 1
+            now = config | {part: config[part] | {field: other}}
+            if (part == "model" and field not in ("layers", "compute_dtype")) or field == "name":
+                with pytest.raises(ValueError, match="base sizes and optimizer"):
+                    differences(config, now)
+            else:
+                changed = differences(config, now)
+                assert changed, field
+                assert changed.keys() <= set(CHANGES)
