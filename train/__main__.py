@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from train.config import ModelOptions, OptimizerOptions
+from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
+from train.faults import RunFailedError
+from train.interrupts import Stopped, left_behind
 from train.show_rules import ShowRulesOptions
 from train.sweep import SweepOptions
 from train.train_run import TrainOptions
@@ -29,6 +31,7 @@ class TrainCommand:
     model: ModelOptions = ModelOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     data: DataConfig = DataConfig()
+    keep: Annotated[KeepOptions, tyro.conf.arg(name="")] = KeepOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ type Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line; exits with 2 on wrong input, 1 when a check fails.
+    """Runs a command line; exits with 2 on wrong input, 1 when a check or a run fails, 128 + n after signal n.
 
     Without ``arguments`` it runs those of the process, which then is ours to set up: jax has not started yet.
     """
@@ -92,6 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
+    except RunFailedError as error:
+        print(f"gdn: {error}", file=sys.stderr)
+        code = 1
+    except Stopped as stopped:
+        print(f"gdn: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        code = 128 + stopped.number
+        if left_behind():
+            # The usual end of the interpreter would crash into the compiler's thread.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
@@ -156,6 +170,7 @@ def _run(command: Any) -> int:
                 command.optimizer,
                 command.data,
                 say=lambda text: print(text, flush=True),
+                keep=command.keep,
             )
             if summary["val_loss"] is not None:
                 print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")

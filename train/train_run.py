@@ -1,36 +1,49 @@
 """`gdn train`: one model, with checkpoints, validation and a log; stopped anywhere, it goes on from there."""
 
+import contextlib
 import dataclasses
 import json
-import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from train import loop
+from train import loop, processes
 from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract_like
 from train.config import (
     DEFAULT_BASE_WIDTH,
+    KeepOptions,
     ModelOptions,
     OptimizerOptions,
     PresetName,
     check_learning_rate,
     check_preset_name,
 )
-from train.data import DataConfig, prepare, train_loader, validation_batches
-from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
-from train.step import Metrics, Program, TrainState, compile_program
+from train.data import Batch, DataConfig, PreparedData, prepare, train_loader, validation_batches
+from train.diagnose import diagnose, sentence
+from train.faults import disk_full_said
+from train.flops import peak_flops, train_flops_per_token
+from train.interrupts import Stopped, StopRequests
+from train.ledger import (
+    check_identity,
+    code_version,
+    fingerprint,
+    make_writable,
+    only_process,
+    write_atomically,
+)
+from train.metrics_log import Clock, MetricsLog, finite_or_none
+from train.profiling import Profile, parse_steps
+from train.step import Compiled, HParams, Metrics, Program, TrainState, ahead_of_time, compile_program
 from train.sweep import identity
 
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+NOT_FINITE_FILE = "not-finite.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +68,20 @@ class TrainOptions:
     """Steps between checkpoints; the last step is always saved."""
     validate_every: int = 100
     """Steps between validations; the last step is always validated."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other for one update: less memory, the same training."""
+    profile_steps: str | None = None
+    """FIRST..LAST: trace these steps for TensorBoard's profiler or Perfetto, into OUT/profile."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "steps", "checkpoint_every", "validate_every"):
+        for name in ("width", "steps", "checkpoint_every", "validate_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
         if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
             raise ValueError(f"--stop-at must be from 1 to --steps ({self.steps}); got {self.stop_at}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed must be in [0, 2^31); got {self.seed}.")
+        parse_steps(self.profile_steps)
         check_learning_rate(self.learning_rate)
         check_preset_name(self.preset, "--preset")
 
@@ -74,6 +92,7 @@ def run_training(
     optimizer: OptimizerOptions,
     data_config: DataConfig,
     say: Callable[[str], None] = lambda text: None,
+    keep: KeepOptions = KeepOptions(),
 ) -> dict[str, Any]:
     """Trains to the end of the schedule, or to ``stop_at``.
 
@@ -83,181 +102,279 @@ def run_training(
         optimizer: with its schedule.
         data_config: of the corpus.
         say: takes a line for the user.
+        keep: what is kept, and what is done about faults.
 
     Returns:
         The summary: steps, tokens, ``val_loss`` (None when diverged or stopped early), ``diverged_at_step``.
 
     Raises:
         ValueError: anything wrong with options, corpus or folder; before any compilation.
+        Stopped: SIGTERM or SIGUSR1 came; everything is saved.
+        RunFailedError: the disk is full; the last checkpoint is as it was.
     """
-    model = model.with_base(DEFAULT_BASE_WIDTH)
-    data = prepare(data_config)
-    program = Program(
-        model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
-    )
-    hparams = program.hparams(options.learning_rate, options.preset)
-    devices = len(jax.devices())
-    if data_config.batch_size % devices:
-        raise ValueError(
-            f"--data.batch-size must be a multiple of the {devices} devices there are; got {data_config.batch_size}. "
-            f"Use {-(-data_config.batch_size // devices) * devices}."
+    with StopRequests() as stop:
+        with stop.at_once():
+            model = model.with_base(DEFAULT_BASE_WIDTH)
+            data = prepare(data_config)
+        program = Program(
+            model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name),
+            optimizer,
+            options.steps,
+            options.accumulate,
         )
-    make_writable(options.out)
-    with only_process(options.out):
+        hparams = program.hparams(options.learning_rate, options.preset)
+        parts = len(jax.devices()) * options.accumulate
+        if data_config.batch_size % parts:
+            what = f"{len(jax.devices())} devices there are"
+            what = what if options.accumulate == 1 else f"{what}, times --accumulate {options.accumulate}"
+            raise ValueError(
+                f"--data.batch-size must be a multiple of the {what}; got {data_config.batch_size}. "
+                f"Use {-(-data_config.batch_size // parts) * parts}."
+            )
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
             "run": {
                 "width": options.width,
                 "learning_rate": options.learning_rate,
                 "preset": options.preset,
                 "seed": options.seed,
+                "accumulate": options.accumulate,
             }
         }
-        check_identity(options.out, CONFIG_FILE, run_identity)
-        return _train(options, program, hparams, data, data_config, run_identity, say)
+        with contextlib.ExitStack() as held:
+            processes.on_first(lambda: _take_folder(options.out, run_identity, keep.allow_changes, held))
+            run = _Run(options, keep, program, hparams, data, data_config, run_identity, stop, say)
+            held.enter_context(disk_full_said(options.out, run.kept))
+            return run.train()
 
 
-def _train(
-    options: TrainOptions,
-    program: Program,
-    hparams: Any,
-    data: Any,
-    data_config: DataConfig,
-    run_identity: dict[str, Any],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    mesh = meshes.make_mesh()
-    compiled = compile_program(program, mesh, packed=False)
-    checkpoints = Checkpoints(options.out / "checkpoints")
-    seed = jnp.int32(options.seed)
-    first = checkpoints.latest_step or 0
-    last = options.stop_at or options.steps
-    loader = train_loader(data, data_config)
-    if first:
-        like = abstract_like(jax.eval_shape(compiled.init, seed, hparams), meshes.replicated(mesh))
+def _take_folder(
+    out: pathlib.Path, run_identity: dict[str, Any], changes: bool, held: contextlib.ExitStack
+) -> None:
+    make_writable(out)
+    held.enter_context(only_process(out))
+    check_identity(out, CONFIG_FILE, run_identity, changes=changes, option="--allow-changes")
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that owns its folder."""
+
+    options: TrainOptions
+    keep: KeepOptions
+    program: Program
+    hparams: HParams
+    data: PreparedData
+    data_config: DataConfig
+    identity: dict[str, Any]
+    stop: StopRequests
+    say_anywhere: Callable[[str], None]
+    checkpoints: Checkpoints | None = None
+
+    def say(self, text: str) -> None:
+        """A line for the user, once however many processes there are."""
+        if processes.first():
+            self.say_anywhere(text)
+
+    def kept(self) -> str:
+        """What is safe, a clause."""
+        if self.checkpoints is None or self.checkpoints.newest is None:
+            return "no checkpoint was written yet"
+        return f"the checkpoint of step {self.checkpoints.newest} is kept"
+
+    def train(self) -> dict[str, Any]:
+        """To the end of the schedule, or to ``stop_at``; the summary."""
+        options = self.options
+        with self.stop.at_once():
+            checkpoints = Checkpoints(
+                options.out / "checkpoints", self.keep.keep, self.keep.keep_best, self.say
+            )
+        self.checkpoints = checkpoints
+        first, last = checkpoints.newest or 0, options.stop_at or options.steps
+        if first == options.steps and (summary := processes.on_first(self._finished)) is not None:
+            checkpoints.close()
+            self.say(f"already at step {first}, the last; nothing to do")
+            return summary
+        try:
+            compiled, state, position = self._begin(checkpoints, first)
+            if first >= last:
+                self.say(f"already at step {first}; nothing to do")
+            else:
+                state = self._steps(checkpoints, compiled, state, position, first, last)
+            checkpoints.wait()
+            return self._summary(compiled, state, done=max(first, last) == options.steps)
+        except Stopped as stopped:
+            checkpoints.wait()
+            self.say(f"stopped by {stopped}; {self.kept()}")
+            raise
+        finally:
+            checkpoints.abandon()
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end, where it was written and is sound."""
+        try:
+            summary = json.loads((self.options.out / SUMMARY_FILE).read_text())
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("steps") == self.options.steps else None
+
+    def _begin(self, checkpoints: Checkpoints, first: int) -> tuple[Compiled, TrainState, Any]:
+        """The compiled functions, the state after ``first`` steps, and the position in the data."""
+        if (
+            first
+            and not self.keep.allow_changes
+            and checkpoints.config(first)["fingerprint"] != fingerprint(self.identity)
+        ):
+            raise ValueError(
+                f"{self.options.out} has a checkpoint of another configuration than {CONFIG_FILE} says; "
+                "choose another --out, or --allow-changes to go on from it."
+            )
+        mesh = meshes.make_mesh()
+        jitted = compile_program(self.program, mesh, packed=False)
+        seed = jnp.int32(self.options.seed)
+        rows = (self.data_config.batch_size, self.data_config.sequence_length)
+        batch: Any = Batch._make(
+            jax.ShapeDtypeStruct(rows, dtype) for dtype in (*[jnp.int32] * 3, jnp.float32)
+        )
+        compiled = self.stop.compile(
+            lambda: ahead_of_time(jitted, seed, self.hparams, batch, init=first == 0)
+        )
+        if not first:
+            return compiled, compiled.init(seed, self.hparams), None
+        like = abstract_like(jax.eval_shape(jitted.init, seed, self.hparams), meshes.replicated(mesh))
         state, position = checkpoints.restore(first, like)
-        loader.set_state(position)
-        say(f"going on from step {first} of {options.steps}")
-    else:
-        state = compiled.init(seed, hparams)
-    if first >= last:
-        checkpoints.close()
-        say(f"already at step {first}; nothing to do")
-        return _summary(options, data_config, compiled, state, data, write=first == options.steps)
+        self.say(f"going on from step {first} of {self.options.steps}")
+        return compiled, state, position
 
-    log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
-    tokens_per_step = data_config.batch_size * data_config.sequence_length
-    held_out = validation_batches(data, data_config)
-    clock = _Clock(tokens_per_step)
+    def _steps(
+        self,
+        checkpoints: Checkpoints,
+        compiled: Compiled,
+        state: TrainState,
+        position: Any,
+        first: int,
+        last: int,
+    ) -> TrainState:
+        options, stop = self.options, self.stop
+        loader = train_loader(self.data, self.data_config)
+        if position is not None:
+            loader.set_state(position)
+        held_out = validation_batches(self.data, self.data_config)
+        log = MetricsLog(options.out / METRICS_FILE, keep_until=first) if processes.first() else None
+        if log is not None:
+            checkpoints.scores.update(log.val_losses)
+        tokens_per_step = self.data_config.batch_size * self.data_config.sequence_length
+        clock = Clock(tokens_per_step)
+        flops, peak = train_flops_per_token(self.program.config), peak_flops(jax.devices()[0])
+        profile = Profile(options.profile_steps, options.out / "profile")
 
-    def observe(step: int, metrics: Metrics) -> None:
-        speed = clock.tick()
-        row = {
-            "step": step,
-            "tokens": step * tokens_per_step,
-            "loss": _finite(metrics.loss),
-            "grad_norm": _finite(metrics.grad_norm),
-            "learning_rate": float(metrics.learning_rate),
-            "tokens_per_second": speed,
-        }
-        log.write(row)
-        if step == first + 1 or step % max(1, options.steps // 20) == 0:
-            say(f"step {step:>6}  loss {float(metrics.loss):.4f}  {speed or 0:,.0f} tokens/s")
+        def write(row: dict[str, Any]) -> None:
+            if log is not None:
+                log.write(row)
 
-    def after_step(step: int, state: TrainState) -> None:
-        if step % options.validate_every == 0 and step != options.steps:
-            loss = float(loop.mean_validation_loss(compiled, state, held_out))
-            log.write({"step": step, "val_loss": _finite(loss)})
-            say(f"step {step:>6}  validation {loss:.4f}")
-        if step % options.checkpoint_every == 0 or step == last:
-            checkpoints.save(step, state, loader.get_state(), run_identity)
+        def observe(step: int, metrics: Metrics) -> None:
+            checkpoints.check()
+            if profile.seen(step):
+                self.say(f"step {step:>6}  trace written to {options.out / 'profile'}")
+            speed = clock.tick()
+            row = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "loss": finite_or_none(metrics.loss),
+                "grad_norm": finite_or_none(metrics.grad_norm),
+                "learning_rate": float(metrics.learning_rate),
+                "tokens_per_second": speed,
+            }
+            if peak is not None and speed is not None:
+                row["mfu"] = round(speed * flops / (peak * compiled.mesh.size), 4)
+            write(row)
+            if step == first + 1 or step % max(1, options.steps // 20) == 0:
+                self.say(f"step {step:>6}  loss {float(metrics.loss):.4f}  {speed or 0:,.0f} tokens/s")
 
-    state = loop.run(
-        compiled,
-        state,
-        hparams,
-        loader,
-        first_step=first,
-        last_step=last,
-        observe=observe,
-        after_step=after_step,
-    )
-    checkpoints.close()
-    diverged = int(state.diverged_at) >= 0
-    done = diverged or last == options.steps
-    summary = _summary(options, data_config, compiled, state, data, write=done)
-    if diverged:
-        say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
-    log.close()
-    return summary
+        def validates(step: int) -> bool:
+            return step % options.validate_every == 0 and step != options.steps
 
+        def saves(step: int) -> bool:
+            return step % options.checkpoint_every == 0 or step == last
 
-def _summary(
-    options: TrainOptions,
-    data_config: DataConfig,
-    compiled: Any,
-    state: TrainState,
-    data: Any,
-    *,
-    write: bool,
-) -> dict[str, Any]:
-    step, diverged_at = int(state.step), int(state.diverged_at)
-    loss = (
-        float(loop.mean_validation_loss(compiled, state, validation_batches(data, data_config)))
-        if write
-        else None
-    )
-    summary = {
-        "steps": step,
-        "tokens": step * data_config.batch_size * data_config.sequence_length,
-        "val_loss": None if loss is None or diverged_at >= 0 else _finite(loss),
-        "diverged_at_step": diverged_at + 1 if diverged_at >= 0 else None,
-        "code_version": code_version(),
-        "devices": len(jax.devices()),
-    }
-    if write:
-        write_atomically(options.out / SUMMARY_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    return summary
+        def save(step: int, state: TrainState) -> None:
+            # Not the loader's own position: it may have read on.
+            at = train_loader(self.data, self.data_config, start_step=step).get_state()
+            checkpoints.save(step, state, at, self.identity)
 
+        def validate(step: int, state: TrainState) -> None:
+            loss = float(loop.mean_validation_loss(compiled, state, held_out, stop))
+            checkpoints.scores[step] = loss
+            write({"step": step, "val_loss": finite_or_none(loss)})
+            self.say(f"step {step:>6}  validation {loss:.4f}")
 
-class MetricsLog:
-    """JSON lines; what a stopped run logged beyond its last checkpoint is dropped when it goes on."""
-
-    def __init__(self, path: pathlib.Path, keep_until: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
+        def after_step(step: int, state: TrainState) -> None:
+            if saves(step) or not validates(step):
+                save(step, state)
+            if validates(step):
                 try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if row["step"] <= keep_until:
-                    kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a")
+                    validate(step, state)
+                except Stopped:
+                    # Made up for when the run goes on.
+                    save(step, state)
+                    raise
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a row."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        def diverged(step: int, batch: Batch, before: TrainState) -> bool:
+            try:
+                report = stop.compile(lambda: diagnose(self.program, compiled.mesh, step, before, batch))
+            except Stopped:
+                save(step - 1, before)
+                raise
+            if processes.first():
+                with (options.out / NOT_FINITE_FILE).open("a") as file:
+                    file.write(json.dumps(report) + "\n")
+            skip = self.keep.nan_policy == "skip"
+            self.say(f"{sentence(report)}; {'left out' if skip else 'the run ends'}")
+            if not skip:
+                save(step - 1, before)
+            return skip
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        try:
+            if first and processes.on_first(
+                lambda: validates(first) and (log is None or first not in log.validated)
+            ):
+                validate(first, state)
+            return loop.run(
+                compiled,
+                state,
+                self.hparams,
+                profile.batches(loader, first),
+                first_step=first,
+                last_step=last,
+                observe=observe,
+                due=lambda step: saves(step) or validates(step),
+                after_step=after_step,
+                diverged=diverged,
+                stop=stop,
+            )
+        finally:
+            profile.close()
+            if log is not None:
+                log.close()
 
-
-class _Clock:
-    """Tokens per second since the tick before; the first tick knows none."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens, self._before = tokens_per_step, None
-
-    def tick(self) -> float | None:
-        now = time.perf_counter()
-        speed = None if self._before is None else round(self._tokens / (now - self._before), 1)
-        self._before = now
-        return speed
-
-
-def _finite(value: Any) -> float | None:
-    number = float(np.asarray(value))
-    return number if math.isfinite(number) else None
+    def _summary(self, compiled: Compiled, state: TrainState, *, done: bool) -> dict[str, Any]:
+        step, diverged_at = int(state.step), int(state.diverged_at)
+        diverged = diverged_at >= 0
+        loss = None
+        if done and not diverged:
+            held_out = validation_batches(self.data, self.data_config)
+            loss = finite_or_none(loop.mean_validation_loss(compiled, state, held_out, self.stop))
+        if diverged:
+            self.say(f"diverged at step {diverged_at + 1}: lower --learning-rate")
+        summary = {
+            "steps": step,
+            "tokens": step * self.data_config.batch_size * self.data_config.sequence_length,
+            "val_loss": loss,
+            "diverged_at_step": diverged_at + 1 if diverged else None,
+            "code_version": code_version(),
+            "devices": len(jax.devices()),
+        }
+        if (done or diverged) and processes.first():
+            write_atomically(
+                self.options.out / SUMMARY_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n"
+            )
+        return summary
