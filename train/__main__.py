@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import io
+import logging
 import os
 import pathlib
 import re
@@ -19,7 +20,7 @@ from train.data import DataConfig
 from train.faults import RunFailedError
 from train.interrupts import Stopped, left_behind
 from train.show_rules import ShowRulesOptions
-from train.sweep import SweepOptions
+from train.sweep_options import SweepOptions
 from train.train_run import TrainOptions
 
 
@@ -157,6 +158,7 @@ def _run(command: Any) -> int:
             from train.sweep import run_sweep
 
             _keep_compilations()
+            _quiet_orbax()
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
@@ -164,6 +166,7 @@ def _run(command: Any) -> int:
             from train.train_run import run_training
 
             _keep_compilations()
+            _quiet_orbax()
             summary = run_training(
                 command.run,
                 command.model,
@@ -190,6 +193,24 @@ def _report(directory: pathlib.Path, console: Any) -> int:
     console.print(table(report))
     console.print(f"picture: {directory / 'transfer.png'}")
     return 0
+
+
+def _quiet_orbax() -> None:
+    """When Orbax cannot write, it logs what it raises as well, with tracebacks: the user is told once.
+
+    TensorStore then reports every array to an event loop that Orbax has closed, and prints that it cannot.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(
+            lambda record: "orbax" not in record.pathname and "orbax" not in record.getMessage()
+        )
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _keep_freed_memory() -> None:

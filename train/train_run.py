@@ -65,7 +65,8 @@ class TrainOptions:
     stop_at: int | None = None
     """Save and stop after this step of the schedule; run again without it to go on."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps that a kill may cost: a save begins after half as many, and is on disk before the next begins.
+    The last step is always saved."""
     validate_every: int = 100
     """Steps between validations; the last step is always validated."""
     accumulate: int = 1
@@ -141,9 +142,9 @@ def run_training(
             }
         }
         with contextlib.ExitStack() as held:
-            processes.on_first(lambda: _take_folder(options.out, run_identity, keep.allow_changes, held))
             run = _Run(options, keep, program, hparams, data, data_config, run_identity, stop, say)
             held.enter_context(disk_full_said(options.out, run.kept))
+            processes.on_first(lambda: _take_folder(options.out, run_identity, keep.allow_changes, held))
             return run.train()
 
 
@@ -293,13 +294,18 @@ class _Run:
         def validates(step: int) -> bool:
             return step % options.validate_every == 0 and step != options.steps
 
+        # A kill during a save costs the steps since the save before, and those taken while it was written.
+        half = max(1, options.checkpoint_every // 2)
+
         def saves(step: int) -> bool:
-            return step % options.checkpoint_every == 0 or step == last
+            return step % half == 0 or step == last
 
         def save(step: int, state: TrainState) -> None:
             # Not the loader's own position: it may have read on.
             at = train_loader(self.data, self.data_config, start_step=step).get_state()
             checkpoints.save(step, state, at, self.identity)
+            if options.checkpoint_every == 1:
+                checkpoints.wait()
 
         def validate(step: int, state: TrainState) -> None:
             loss = float(loop.mean_validation_loss(compiled, state, held_out, stop))
@@ -318,19 +324,25 @@ class _Run:
                     save(step, state)
                     raise
 
+        def save_before(step: int, found: TrainState) -> None:
+            # As it was before anything was noticed.
+            save(step - 1, found._replace(diverged_at=found.diverged_at * 0 - 1))
+
         def diverged(step: int, batch: Batch, before: TrainState) -> bool:
             try:
                 report = stop.compile(lambda: diagnose(self.program, compiled.mesh, step, before, batch))
             except Stopped:
-                save(step - 1, before)
+                save_before(step, before)
                 raise
             if processes.first():
                 with (options.out / NOT_FINITE_FILE).open("a") as file:
                     file.write(json.dumps(report) + "\n")
-            skip = self.keep.nan_policy == "skip"
+            # Without sound parameters no step will be finite: nothing to go on with, and nothing to save.
+            sound = report["where"] != "parameters"
+            skip = self.keep.nan_policy == "skip" and sound
             self.say(f"{sentence(report)}; {'left out' if skip else 'the run ends'}")
-            if not skip:
-                save(step - 1, before)
+            if sound and not skip:
+                save_before(step, before)
             return skip
 
         try:
