@@ -5,7 +5,7 @@ import random
 import shutil
 import warnings
 
-from campaign_runs import complete, digest, losses, train_words
+from campaign_runs import complete, digest, losses, tell, train_words
 
 from train import manifest
 from train.checkpoint import Checkpoints
@@ -48,7 +48,7 @@ def damage(folder, rng):
     return f"{kind}: {path.name}"
 
 
-def damages(folder, count, seed, resumed=3, say=print):
+def damages(folder, count, seed, resumed=3, say=tell):
     """Damages copies of a finished run's newest checkpoint ``count`` times.
 
     Returns what was seen, and how many flipped bytes Orbax restored silently where no manifest was asked.

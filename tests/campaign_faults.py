@@ -11,7 +11,7 @@ import unittest.mock
 import jax
 import numpy as np
 import tiny
-from campaign_runs import complete, digest, losses, start, train_words
+from campaign_runs import complete, digest, losses, start, tell, train_words
 
 from train import train_run
 from train.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full_disk(folder, count, seed, steps=60, say=print):
+def full_disk(folder, count, seed, steps=60, say=tell):
     """Runs on a disk that has too little space ``count`` times, then with space; the end must be the same.
 
     Returns at which newest checkpoint the disk was full.
@@ -145,7 +145,7 @@ def poisoned_layer(step, layer):
 MODEL = ModelOptions(layers=3, key_dim=8, value_dim=8, base_width=8)
 
 
-def not_finite(folder, count, seed, steps=40, say=print):
+def not_finite(folder, count, seed, steps=40, say=tell):
     """Puts a NaN into ``count`` random steps: into a batch with each policy, or into the parameters of a layer."""
     rng = random.Random(f"{seed} nan")
 

@@ -19,11 +19,12 @@ from campaign_runs import (
     resumed_from,
     start,
     strike,
+    tell,
     train_words,
 )
 
 
-def runs(folder, count, runs, seed, number=signal.SIGKILL, steps=200, say=print):
+def runs(folder, count, runs, seed, number=signal.SIGKILL, steps=200, say=tell):
     """Disturbs ``runs`` runs ``count`` times in all; every one must end with the bits of an uninterrupted one.
 
     Returns what was seen: kills by phase, the most steps that one lost, the longest wait for an exit.
@@ -83,7 +84,16 @@ def _resumed(output, otherwise):
     return 0 if "step      1 " in output else otherwise
 
 
-def sweep(folder, count, seed, widths=(16, 32, 48), rates=8, steps=12, number=signal.SIGKILL, say=print):
+def sweep(
+    folder,
+    count,
+    seed,
+    widths=(16, 32, 48),
+    rates=8,
+    steps=12,
+    number=signal.SIGKILL,
+    say=tell,
+):
     """Disturbs a sweep ``count`` times; it must end with the rows of an uninterrupted one but for timings."""
     rng = random.Random(f"{seed} sweep {number}")
     name = f"sweep-{signal.Signals(number).name}"

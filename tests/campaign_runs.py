@@ -32,6 +32,11 @@ def environment():
     }
 
 
+def tell(text):
+    """A line now, wherever the output goes."""
+    print(text, flush=True)
+
+
 def data_words(folder):
     if not (folder / "corpus.txt").exists():
         tiny.write_corpus(folder)

@@ -102,7 +102,9 @@ class Checkpoints:
                 **{
                     _STATE: ocp.args.StandardSave(state._asdict()),
                     _DATA: ocp.args.JsonSave(dict(data_state)),
-                    _CONFIG: ocp.args.JsonSave({"fingerprint": fingerprint(config)} | dict(config)),
+                    _CONFIG: ocp.args.JsonSave(
+                        {"fingerprint": fingerprint(config), "arrays": _arrays(state), "config": dict(config)}
+                    ),
                 }
             ),
         )
@@ -152,25 +154,30 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of a model of other shapes.
         """
-        try:
-            restored = self._checkpointer.restore(
-                self._folder / str(step),
-                args=ocp.args.Composite(
-                    **{
-                        _STATE: ocp.args.StandardRestore(like._asdict()),
-                        _DATA: ocp.args.JsonRestore(),
-                    }
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {step} in {self._folder} does not fit this model "
-                f"({' '.join(str(error).split())[:200]}); use the model it was made with, or another --out."
-            ) from error
+        # Orbax would find out array by array, and leave others to be read by nobody.
+        saved, wanted = self._about(step)["arrays"], _arrays(like)
+        for name in sorted(saved | wanted):
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"checkpoint {step} in {self._folder} is of another model: {name} is {saved.get(name)} there, "
+                    f"{wanted.get(name)} here. Use the model it was made with, or another --out."
+                )
+        restored = self._checkpointer.restore(
+            self._folder / str(step),
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.StandardRestore(like._asdict()),
+                    _DATA: ocp.args.JsonRestore(),
+                }
+            ),
+        )
         return TrainState(**restored[_STATE]), restored[_DATA]
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The configuration saved with a checkpoint, and its ``fingerprint``."""
+    def config_fingerprint(self, step: int) -> str:
+        """Of the configuration that a checkpoint was saved with, as ``ledger.fingerprint`` gives it."""
+        return self._about(step)["fingerprint"]
+
+    def _about(self, step: int) -> dict[str, Any]:
         return self._checkpointer.restore(
             self._folder / str(step), args=ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()})
         )[_CONFIG]
@@ -192,6 +199,11 @@ class Checkpoints:
             self._warn(f"warning: the last checkpoint was not finished ({_first_line(error)})")
         if processes.first():
             self._clean()
+
+
+def _arrays(state: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _first_line(error: BaseException) -> str:

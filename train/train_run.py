@@ -223,7 +223,7 @@ class _Run:
         if (
             first
             and not self.keep.allow_changes
-            and checkpoints.config(first)["fingerprint"] != fingerprint(self.identity)
+            and checkpoints.config_fingerprint(first) != fingerprint(self.identity)
         ):
             raise ValueError(
                 f"{self.options.out} has a checkpoint of another configuration than {CONFIG_FILE} says; "
