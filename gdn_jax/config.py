@@ -8,6 +8,15 @@ from gdn_jax.mup.rules import check_preset
 
 REGIMES = ("heads", "head_dim")
 
+# What the backward pass finds of a block, by the name in jax.checkpoint_policies; all else it computes again.
+# In a block the matrix products with parameters have no batch dimension, those inside the delta rule have.
+REMAT_POLICIES = {
+    "none": "everything_saveable",
+    "block": "nothing_saveable",
+    "projections": "dots_with_no_batch_dims_saveable",
+    "products": "dots_saveable",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GDNConfig:
@@ -34,7 +43,9 @@ class GDNConfig:
         norm_eps: epsilon of every RMSNorm.
         qk_norm_eps: epsilon added to the squared norm of q and k.
         compute_dtype: ``"float32"`` or ``"bfloat16"``; parameters are float32 always.
-        remat: recompute each block in the backward pass.
+        remat: what the backward pass computes again, in place of keeping it: ``"none"``; ``"block"``, all of a
+            block but its input; ``"projections"``, all but the products with parameters; ``"products"``, all but
+            matrix products.
         implementation: of the gated delta rule; ``None``: the best there is.
         preset: row set of the rule table (``mup.PRESETS``).
         optimizer: the optimizer that training will use; the initialisation of ``paper_code`` depends on it.
@@ -56,7 +67,7 @@ class GDNConfig:
     norm_eps: float = 1e-6
     qk_norm_eps: float = 1e-6
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     implementation: str | None = None
     preset: str = "mup"
     optimizer: str = "adamw"
@@ -78,6 +89,8 @@ class GDNConfig:
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype must be float32 or bfloat16; got {self.compute_dtype!r}.")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {self.remat!r}.")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}.")
         check_preset(self.preset, self.optimizer)

@@ -1,6 +1,6 @@
 """The language model: embedding, scanned pre-norm blocks of mixer and SwiGLU MLP, readout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gdn_jax.array_types import Logits, SegmentIds, Tap, Tokens, no_tap
-from gdn_jax.config import GDNConfig
+from gdn_jax.config import REMAT_POLICIES, GDNConfig
 from gdn_jax.layers import ParamMaker, RMSNorm, SwiGLU, unit_normal
 from gdn_jax.mixer import GatedDeltaNet
 from gdn_jax.mup import axes as ax
@@ -94,6 +94,7 @@ class GDNLanguageModel(nnx.Module):
         tokens: Tokens,
         segment_ids: SegmentIds | None = None,
         perturbations: Mapping[str, jax.Array] | None = None,
+        summary: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[Logits, dict[str, jax.Array]]:
         """As ``__call__``, and every tapped value by name; those of the blocks have a leading layer axis.
 
@@ -102,14 +103,16 @@ class GDNLanguageModel(nnx.Module):
             segment_ids: as in ``__call__``.
             perturbations: added to the value of that name in each block ``[L, ...]``; the gradient
                 with respect to them is the gradient at that value.
+            summary: what to keep of a value; all of it by default, of every layer at once.
         """
-        return self._forward(tokens, segment_ids, perturbations or {})
+        return self._forward(tokens, segment_ids, perturbations or {}, summary or (lambda value: value))
 
     def _forward(
         self,
         tokens: jax.Array,
         segment_ids: jax.Array | None,
         perturbations: Mapping[str, jax.Array] | None,
+        summary: Callable[[jax.Array], jax.Array] = lambda value: value,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
@@ -122,22 +125,29 @@ class GDNLanguageModel(nnx.Module):
             def tap(name: str, value: jax.Array) -> jax.Array:
                 if added is not None and name in added:
                     value = value + added[name]
-                seen[name] = value
+                seen[name] = summary(value)
                 return value
 
             x = nnx.merge(graphdef, layer)(x, segment_ids=segment_ids, tap=no_tap if added is None else tap)
             return x, seen
 
         embedded = self.embedding[...].astype(dtype)[tokens]
-        body = jax.checkpoint(block) if config.remat else block
+        body = _rematerialised(block, config.remat)
         x, seen = jax.lax.scan(body, embedded, (layers, perturbations))
         normed = self.final_norm(x)
         kernel = self.embedding[...].T if self.readout is None else self.readout[...]
         logits = jnp.einsum("btd,dv->btv", normed, kernel.astype(dtype), preferred_element_type=jnp.float32)
         logits = logits * self.logits_multiplier[...]
         if perturbations is not None:
-            seen |= {"embedding": embedded, "final_norm": normed, "logits": logits}
+            outer = {"embedding": embedded, "final_norm": normed, "logits": logits}
+            seen |= {name: summary(value) for name, value in outer.items()}
         return logits, seen
+
+
+def _rematerialised(block: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return block
+    return jax.checkpoint(block, policy=getattr(jax.checkpoint_policies, REMAT_POLICIES[policy]))
 
 
 def static_rules(model: nnx.Module, config: GDNConfig, optimizer: str | None = None) -> Rules:

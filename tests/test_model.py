@@ -90,9 +90,10 @@ def test_cache_without_segments_goes_on(mixer, x):
     assert rms_ratio(jnp.concatenate([first, second], 1), whole) < 1e-6
 
 
-def test_remat_changes_nothing(model):
+@pytest.mark.parametrize("policy", ["block", "projections", "products"])
+def test_remat_changes_nothing(model, policy):
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
-    remat = GDNLanguageModel(dataclasses.replace(CONFIG, remat=True), rngs=nnx.Rngs(0))
+    remat = GDNLanguageModel(dataclasses.replace(CONFIG, remat=policy), rngs=nnx.Rngs(0))
     nnx.update(remat, nnx.state(model, nnx.Param))
 
     def grads(m):

@@ -14,7 +14,8 @@ import tiny
 from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
-from train.sweep import Point, Progress, SweepOptions, packs, plan_points, run_sweep
+from train.sweep import Point, Progress, packs, plan_points, run_sweep
+from train.sweep_options import SweepOptions
 
 ROOT = pathlib.Path(__file__).parents[1]
 

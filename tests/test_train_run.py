@@ -26,7 +26,7 @@ def _final_state(folder):
     import orbax.checkpoint as ocp
 
     checkpoints = Checkpoints(folder / "checkpoints")
-    step = checkpoints.latest_step
+    step = checkpoints.newest
     path = folder / "checkpoints" / str(step) / "state"
     checkpoints.close()
     with ocp.StandardCheckpointer() as checkpointer:

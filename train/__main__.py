@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -14,11 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from train.config import ModelOptions, OptimizerOptions
+from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
+from train.faults import RunFailedError
+from train.interrupts import Stopped, left_behind
 from train.show_rules import ShowRulesOptions
-from train.sweep import SweepOptions
+from train.sweep_options import SweepOptions
 from train.train_run import TrainOptions
 
 
@@ -30,6 +33,7 @@ class TrainCommand:
     model: ModelOptions = ModelOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     data: DataConfig = DataConfig()
+    keep: Annotated[KeepOptions, tyro.conf.arg(name="")] = KeepOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ type Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line; exits with 2 on wrong input, 1 when a check fails.
+    """Runs a command line; exits with 2 on wrong input, 1 when a check or a run fails, 128 + n after signal n.
 
     Without ``arguments`` it runs those of the process, which then is ours to set up: jax has not started yet.
     """
@@ -93,6 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
+    except RunFailedError as error:
+        print(f"gdn: {error}", file=sys.stderr)
+        code = 1
+    except Stopped as stopped:
+        print(f"gdn: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        code = 128 + stopped.number
+        if left_behind():
+            # The usual end of the interpreter would crash into the compiler's thread.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
@@ -172,6 +187,7 @@ def _run(command: Any) -> int:
             from train.sweep import run_sweep
 
             _keep_compilations()
+            _quiet_orbax()
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
@@ -179,12 +195,14 @@ def _run(command: Any) -> int:
             from train.train_run import run_training
 
             _keep_compilations()
+            _quiet_orbax()
             summary = run_training(
                 command.run,
                 command.model,
                 command.optimizer,
                 command.data,
                 say=lambda text: print(text, flush=True),
+                keep=command.keep,
             )
             if summary["val_loss"] is not None:
                 print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")
@@ -204,6 +222,24 @@ def _report(directory: pathlib.Path, console: Any) -> int:
     console.print(table(report))
     console.print(f"picture: {directory / 'transfer.png'}")
     return 0
+
+
+def _quiet_orbax() -> None:
+    """When Orbax cannot write, it logs what it raises as well, with tracebacks: the user is told once.
+
+    TensorStore then reports every array to an event loop that Orbax has closed, and prints that it cannot.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(
+            lambda record: "orbax" not in record.pathname and "orbax" not in record.getMessage()
+        )
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from gdn_jax.mup.rules import DECAY_MODES, PRESETS
 
 type PresetName = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
 type OptimizerChoice = Literal["adamw", "sgd"]
+type RematName = Literal["none", "block", "projections", "products"]
 type RegimeName = Literal["heads", "head_dim"]
 
 
@@ -50,8 +51,9 @@ class ModelOptions:
     """beta in (0, 2) in place of (0, 1)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters and optimizer state are float32."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, a third more work."""
+    remat: RematName = "none"
+    """What the backward pass computes again to save memory: nothing, a whole block (a third more work), all but
+    its products with parameters, or all but its matrix products."""
 
     def __post_init__(self) -> None:
         for name in ("base_width", "layers", "key_dim", "value_dim", "key_heads", "value_heads"):
@@ -138,6 +140,27 @@ class OptimizerOptions:
             raise ValueError(
                 f"--optimizer.decay-mode must be one of {', '.join(DECAY_MODES)}; got {self.decay_mode!r}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepOptions:
+    """What is kept of a run, and what happens when something is wrong with it."""
+
+    keep: int = 2
+    """Newest checkpoints to keep; of two, one is there to fall back to when the other is damaged."""
+    keep_best: int = 0
+    """Checkpoints with the lowest validation loss to keep besides."""
+    nan_policy: Literal["abort", "skip"] = "abort"
+    """When loss or gradient is not finite, the update is withheld and the cause is looked for; then the run ends,
+    or leaves the step out and goes on."""
+    allow_changes: bool = False
+    """Go on with this corpus and configuration although the run was begun with others."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"--keep must be positive; got {self.keep}.")
+        if self.keep_best < 0:
+            raise ValueError(f"--keep-best must be 0 or more; got {self.keep_best}.")
 
 
 def check_learning_rate(value: float, flag: str = "--learning-rate") -> None:

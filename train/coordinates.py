@@ -16,6 +16,7 @@ import numpy as np
 from gdn_jax.mup.coord_check import INPUTS, update_sizes
 from kernels_pallas import gated_delta_rule_from_gates
 from train.data import Batch
+from train.metrics_log import MetricsLog
 from train.step import HParams, Program, TrainState
 
 # Rows of the batch that is measured: enough for means over thousands of positions, cheap beside a step.
@@ -154,3 +155,18 @@ def _number(value: Any) -> Any:
     if np.ndim(value):
         return [_number(one) for one in value]
     return float(f"{float(value):.6g}") if math.isfinite(float(value)) else None
+
+
+class CoordinateLog:
+    """Rows of what `measurement` returns, as a training run goes on."""
+
+    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog) -> None:
+        self._measure, self._log = measure, log
+
+    def write(self, step: int, state: TrainState) -> None:
+        """Measures a state and adds its row."""
+        self._log.write({"step": step, **self._measure(state)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._log.close()

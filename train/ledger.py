@@ -66,13 +66,22 @@ def only_process(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_identity(folder: pathlib.Path, name: str, config: Mapping[str, Any]) -> str:
+def check_identity(
+    folder: pathlib.Path,
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    changes: bool = False,
+    option: str | None = None,
+) -> str:
     """Writes ``config`` to a new folder, or compares it with what the folder was begun with.
 
     Args:
         folder: of a sweep or a run.
         name: of the file.
         config: JSON-able; all that must not change when a run goes on.
+        changes: the folder goes on with ``config``, whatever it was begun with.
+        option: of the command line, which says so.
 
     Returns:
         The fingerprint of ``config``.
@@ -89,6 +98,9 @@ def check_identity(folder: pathlib.Path, name: str, config: Mapping[str, Any]) -
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
     if fingerprint(before) != fingerprint(config):
+        if changes:
+            write_atomically(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
+            return fingerprint(config)
         old, new = _flatten(before), _flatten(json.loads(json.dumps(config)))
         changed = [
             f"{key} {old.get(key)!r} -> {new.get(key)!r}"
@@ -97,7 +109,8 @@ def check_identity(folder: pathlib.Path, name: str, config: Mapping[str, Any]) -
         ]
         raise ValueError(
             f"{folder} was begun with another configuration ({'; '.join(changed[:4])}"
-            f"{'; …' if len(changed) > 4 else ''}); use those values, or another --out."
+            f"{'; …' if len(changed) > 4 else ''}); use those values, or another --out"
+            f"{f', or {option} to go on with these' if option else ''}."
         )
     return fingerprint(config)
 
@@ -150,8 +163,11 @@ class Ledger:
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file that is either whole or not there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

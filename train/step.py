@@ -44,8 +44,9 @@ class TrainState(NamedTuple):
         params: trained parameters, nested dict, float32.
         constants: the model's untrained variables.
         opt_state: of the optax chain.
-        step: int32, steps taken.
-        diverged_at: int32, the first step whose loss or gradient was not finite; -1: none.
+        step: int32, updates made, those included that the host chose to leave out.
+        diverged_at: int32, the step (0-based) whose loss or gradient was not finite; -1: none. While it is set,
+            every update is withheld, so that the host finds the state as that step found it.
     """
 
     params: Any
@@ -56,7 +57,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: scalars, float32; ``diverged_at`` as in the state."""
+    """Of one step: scalars, float32; ``diverged_at`` as in the state after it."""
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -96,11 +97,13 @@ class Program:
         specs: tree of ``ParamSpec`` with the structure of ``TrainState.params``.
         options: of the optimizer.
         steps: length of the schedule.
+        accumulate: parts of a batch that are differentiated one after the other, for one update.
     """
 
     config: GDNConfig
     options: OptimizerOptions
     steps: int
+    accumulate: int = 1
 
     @functools.cached_property
     def _abstract(self) -> tuple[Any, Any]:
@@ -166,13 +169,8 @@ class Program:
         return token_loss(self.model(params, constants)(tokens, segment_ids), targets, mask)
 
     def step(self, state: TrainState, batch: Batch, hparams: HParams) -> tuple[TrainState, Metrics]:
-        """One update."""
-
-        def mean_loss(params: Any) -> jax.Array:
-            total, count = self.loss_sum(params, state.constants, batch)
-            return total / jnp.maximum(count, 1.0)
-
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        """One update; none where loss or gradient is not finite, or ever was (`TrainState.diverged_at`)."""
+        loss, grads = self._loss_and_gradient(state, batch)
         grad_norm = optax.tree.norm(grads)
         rate = hparams.learning_rate * schedule(state.step, self.steps, self.options)
         optimizer = self.optimizer(rate, hparams.learning_rate, hparams)
@@ -181,8 +179,35 @@ class Program:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         first_bad = jnp.where(finite, jnp.int32(-1), state.step)
         diverged_at = jnp.where(state.diverged_at >= 0, state.diverged_at, first_bad)
-        new_state = TrainState(params, state.constants, opt_state, state.step + 1, diverged_at)
+        updated = TrainState(params, state.constants, opt_state, state.step + 1, diverged_at)
+        withheld = state._replace(diverged_at=diverged_at)
+        new_state = jax.tree.map(functools.partial(jnp.where, diverged_at < 0), updated, withheld)
         return new_state, Metrics(loss, grad_norm, rate, diverged_at)
+
+    def _loss_and_gradient(self, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
+        """Mean loss of a batch in nats a token, and its gradient with respect to the parameters."""
+        if self.accumulate == 1:
+
+            def mean_loss(params: Any) -> jax.Array:
+                total, count = self.loss_sum(params, state.constants, batch)
+                return total / jnp.maximum(count, 1.0)
+
+            return jax.value_and_grad(mean_loss)(state.params)
+
+        def part(x: Any) -> jax.Array:
+            # Part i holds rows i, i + n, ...: of each device's rows as many as of any other's.
+            x = jnp.asarray(x)
+            return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(sums: Any, rows: Batch) -> tuple[Any, None]:
+            summed = jax.value_and_grad(self.loss_sum, has_aux=True)
+            (total, count), grads = summed(state.params, state.constants, rows)
+            return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+
+        nothing = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        (total, count, grads), _ = jax.lax.scan(add, nothing, jax.tree.map(part, batch))
+        count = jnp.maximum(count, 1.0)
+        return total / count, jax.tree.map(lambda gradient: gradient / count, grads)
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss and token count of one batch."""
@@ -234,11 +259,16 @@ def compile_program(program: Program, mesh: Mesh, *, packed: bool) -> Compiled:
     )
 
 
-def ahead_of_time(compiled: Compiled, seeds: Any, hparams: HParams, batch: Batch) -> Compiled:
-    """The same functions, compiled now for arguments of these shapes; calling them compiles nothing."""
+def ahead_of_time(
+    compiled: Compiled, seeds: Any, hparams: HParams, batch: Batch, *, init: bool = True
+) -> Compiled:
+    """The same functions, compiled now for arguments of these shapes; calling them compiles nothing.
+
+    Without ``init`` that one is left as it is, for a state that is restored.
+    """
     state = jax.eval_shape(compiled.init, seeds, hparams)
     return compiled._replace(
-        init=compiled.init.lower(seeds, hparams).compile(),
+        init=compiled.init.lower(seeds, hparams).compile() if init else compiled.init,
         step=compiled.step.lower(state, batch, hparams).compile(),
         evaluate=compiled.evaluate.lower(state, batch).compile(),
     )

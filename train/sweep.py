@@ -6,11 +6,8 @@ side on an accelerator, alone on a CPU. Packs follow from the plan alone, so tha
 
 import concurrent.futures
 import dataclasses
-import fnmatch
+import functools
 import itertools
-import math
-import pathlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,125 +16,16 @@ import jax
 import numpy as np
 
 from train import loop
-from train.config import (
-    ModelOptions,
-    OptimizerOptions,
-    PresetName,
-    check_learning_rate,
-    check_preset_name,
-)
+from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig, PreparedData, prepare, train_batch, validation_batches
+from train.faults import disk_full_said
+from train.interrupts import StopRequests
 from train.ledger import Ledger, code_version, make_writable, only_process
 from train.mesh import SWEEP, make_mesh
-from train.rates import OCTAVE_STEP, parse_rates, power_of_two
 from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
-from train.vary import Varied, combinations, default_values, parse_vary
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepOptions:
-    """What is swept, and where the results go."""
-
-    out: pathlib.Path
-    """Folder of the ledger and the report; a sweep that was stopped goes on from it."""
-    widths: tuple[int, ...] = (64, 128, 256)
-    """Model widths, one compilation each."""
-    learning_rates: tuple[str, ...] = ("2^-11..2^-4",)
-    """Peak learning rates at the base width: numbers, powers (2^-7), or ranges by half octaves (2^-11..2^-4)."""
-    presets: tuple[PresetName, ...] = ("mup", "sp")
-    """Parametrizations to compare."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initialisation. All points see the same data in the same order."""
-    steps: int = 200
-    """Training steps a point."""
-    shifts: tuple[str, ...] = ()
-    """PRESET=OCTAVES: move that preset's grid by so much per doubling of the width above the base (sp=-1)."""
-    grids: tuple[str, ...] = ()
-    """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed; the
-    first that fits counts."""
-    vary: tuple[str, ...] = ()
-    """NAME=VALUES of weight_decay, or of the factors embedding_lr, gate_lr, init_scale; each with each is run."""
-    points_per_device: int | None = None
-    """Points that one device trains side by side; by default 1 on a CPU, and 8 on an accelerator."""
-
-    def __post_init__(self) -> None:
-        for name in ("widths", "learning_rates", "presets", "seeds"):
-            values = getattr(self, name)
-            flag = f"--{name.replace('_', '-')}"
-            if not values:
-                raise ValueError(f"{flag} must name at least one; got none.")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{flag} must not repeat a value; got {' '.join(map(str, values))}.")
-        for width in self.widths:
-            if width < 1:
-                raise ValueError(f"--widths must be positive; got {width}.")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**31:
-                raise ValueError(f"--seeds must be in [0, 2^31); got {seed}.")
-        if self.steps < 1:
-            raise ValueError(f"--steps must be positive; got {self.steps}.")
-        if self.points_per_device is not None and self.points_per_device < 1:
-            raise ValueError(f"--points-per-device must be positive; got {self.points_per_device}.")
-        for preset in self.presets:
-            check_preset_name(preset)
-        parse_rates(self.learning_rates)
-        self._shifts()
-        self._grids()
-        self.varied()
-
-    def grid(self, preset: str, width: int, base_width: int) -> tuple[float, ...]:
-        """Learning rates of a preset at a width, ascending."""
-        for pattern, grid_width, rates in self._grids():
-            if grid_width == width and fnmatch.fnmatch(preset, pattern):
-                return rates
-        octaves = self._shifts().get(preset, 0.0) * math.log2(width / base_width)
-        # Whole half octaves, so that grids of different widths stay comparable.
-        factor = power_of_two(round(octaves / OCTAVE_STEP) * OCTAVE_STEP)
-        rates = tuple(rate * factor for rate in parse_rates(self.learning_rates))
-        for rate in rates:
-            check_learning_rate(rate, f"--shifts: the learning rates of {preset} at width {width}")
-        return rates
-
-    def varied(self) -> dict[str, tuple[float, ...]]:
-        """The values of `vary` by name."""
-        return parse_vary(self.vary, parse_rates)
-
-    def _shifts(self) -> dict[str, float]:
-        result = {}
-        for text in self.shifts:
-            match = re.fullmatch(r"(\w+)=([-+]?(?:\d{1,3}(?:\.\d+)?|\.\d+))", text)
-            if not match:
-                raise ValueError(f"--shifts must be PRESET=OCTAVES, such as sp=-1; got {text!r}.")
-            self._require_swept(match[1], "--shifts")
-            if match[1] in result:
-                raise ValueError(f"--shifts must name a preset once; got {match[1]} twice.")
-            result[match[1]] = float(match[2])
-        return result
-
-    def _grids(self) -> list[tuple[str, int, tuple[float, ...]]]:
-        result = []
-        for text in self.grids:
-            match = re.fullmatch(r"(\w+|\*)@(\d+)=(\S+)", text)
-            if not match:
-                raise ValueError(
-                    f"--grids must be PRESET@WIDTH=RATES, such as sp@256=2^-11..2^-7; got {text!r}."
-                )
-            if match[1] != "*":
-                self._require_swept(match[1], "--grids")
-            if int(match[2]) not in self.widths:
-                raise ValueError(f"--grids must name a width of --widths; got {text!r}.")
-            if (match[1], int(match[2])) in [known[:2] for known in result]:
-                raise ValueError(
-                    f"--grids must name a preset and width once; got {match[1]}@{match[2]} twice."
-                )
-            result.append((match[1], int(match[2]), parse_rates(match[3].split(","), "--grids")))
-        return result
-
-    def _require_swept(self, preset: str, flag: str) -> None:
-        if preset not in self.presets:
-            raise ValueError(
-                f"{flag} must name a preset of --presets ({', '.join(self.presets)}); got {preset!r}."
-            )
+from train.stopped_packs import StoppedPacks
+from train.sweep_options import SweepOptions
+from train.vary import Varied, combinations, default_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +96,28 @@ def run_sweep(
 
     Raises:
         ValueError: anything wrong with the options, the corpus or the folder; before any compilation.
+        Stopped: SIGTERM or SIGUSR1 came; the same call goes on from there.
+        RunFailedError: the disk is full.
     """
     progress = progress or Progress()
     model = model.with_base(min(options.widths))
     assert model.base_width is not None, "with_base has set it"
     plan = plan_points(options, model.base_width, optimizer.weight_decay)
-    data = prepare(data_config)
+    with StopRequests() as stop, disk_full_said(options.out, lambda: "the rows so far are kept"):
+        return _run_plan(options, model, optimizer, data_config, plan, stop, progress)
+
+
+def _run_plan(
+    options: SweepOptions,
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
+    data_config: DataConfig,
+    plan: Mapping[int, Sequence[Point]],
+    stop: StopRequests,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    with stop.at_once():
+        data = prepare(data_config)
     programs = {
         width: Program(
             model.gdn_config(width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
@@ -228,7 +132,7 @@ def run_sweep(
     make_writable(options.out)
     with only_process(options.out):
         ledger = Ledger(options.out, identity(model, optimizer, data_config, data, options.steps))
-        _execute(options, model.regime, plan, programs, hparams, data, data_config, ledger, progress)
+        _execute(options, model.regime, plan, programs, hparams, data, data_config, ledger, stop, progress)
         return [ledger.rows[point.key] for points in plan.values() for point in points]
 
 
@@ -261,6 +165,7 @@ def _execute(
     data: PreparedData,
     data_config: DataConfig,
     ledger: Ledger,
+    stop: StopRequests,
     progress: Progress,
 ) -> None:
     per_device = options.points_per_device or (1 if jax.default_backend() == "cpu" else 8)
@@ -295,11 +200,14 @@ def _execute(
 
     # Beside an accelerator the host's cores are idle: all widths compile at once. On a CPU they take turns.
     workers = 1 if jax.default_backend() == "cpu" else max(1, len(left))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    stopped = StoppedPacks(options.out, ledger.fingerprint)
+    try:
         ahead = {} if workers == 1 else {width: pool.submit(build, width) for width in left}
         for width in left:
             progress.compiling(width, None)
-            compiled, seconds = ahead.pop(width).result() if ahead else build(width)
+            make = ahead.pop(width).result if ahead else functools.partial(build, width)
+            compiled, seconds = stop.compile(make)
             progress.compiling(width, seconds)
             for pack in todo[width]:
                 rows = _run_pack(
@@ -311,10 +219,16 @@ def _execute(
                     data_config,
                     validation,
                     work[width],
+                    stopped,
+                    stop,
                     progress,
                 )
                 for row in rows:
                     ledger.append(shared | row)
+                stopped.forget([point.key for point in pack])
+    finally:
+        # A compilation that a signal left behind is not waited for.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _stacked(pack: Sequence[Point], hparams: Mapping[Point, HParams]) -> HParams:
@@ -330,23 +244,37 @@ def _run_pack(
     data_config: DataConfig,
     validation: Sequence[Any],
     work: int,
+    stopped: StoppedPacks,
+    stop: StopRequests,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     start = time.perf_counter()
     stacked = _stacked(pack, hparams)
-    state = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
-    taken = 0
+    keys = [point.key for point in pack]
+    fresh = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
+    state, first = stopped.restore(keys, fresh)
+    taken = first
 
     def observe(step: int, metrics: Metrics) -> None:
         nonlocal taken
         taken = step
         progress.step(pack, step, np.asarray(metrics.loss), work)
 
-    batches = (train_batch(data, data_config, step) for step in range(program.steps))
+    batches = (train_batch(data, data_config, step) for step in range(first, program.steps))
     state = loop.run(
-        compiled, state, stacked, batches, first_step=0, last_step=program.steps, observe=observe
+        compiled,
+        state,
+        stacked,
+        batches,
+        first_step=first,
+        last_step=program.steps,
+        observe=observe,
+        after_step=functools.partial(stopped.save, keys),
+        stop=stop,
     )
-    losses = loop.mean_validation_loss(compiled, state, validation)
+    losses = stopped.saved_when_stopped(
+        keys, program.steps, state, lambda: loop.mean_validation_loss(compiled, state, validation, stop)
+    )
     diverged_at = np.asarray(state.diverged_at)
     seconds = time.perf_counter() - start
     tokens = program.steps * data_config.batch_size * data_config.sequence_length
@@ -369,7 +297,7 @@ def _run_pack(
                 "seconds": round(seconds / len(pack), 3),
             }
         )
-    progress.finished(rows, (program.steps - taken) * work)
+    progress.finished(rows, (program.steps - taken + first) * work)
     return rows
 
 

@@ -1,92 +1,50 @@
 """`gdn train`: one model, with checkpoints, validation and a log; stopped anywhere, it goes on from there."""
 
+import contextlib
 import dataclasses
 import json
-import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from train import loop
+from train import loop, processes
 from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract_like
 from train.config import (
     DEFAULT_BASE_WIDTH,
+    KeepOptions,
     ModelOptions,
     OptimizerOptions,
-    PresetName,
-    check_learning_rate,
-    check_preset_name,
 )
-from train.coordinates import measurement
-from train.data import Batch, DataConfig, prepare, train_loader, validation_batches
-from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
-from train.step import Metrics, Program, TrainState, compile_program
+from train.coordinates import CoordinateLog, measurement
+from train.data import Batch, DataConfig, PreparedData, prepare, train_loader, validation_batches
+from train.diagnose import diagnose, sentence
+from train.faults import disk_full_said
+from train.flops import peak_flops, train_flops_per_token
+from train.interrupts import Stopped, StopRequests
+from train.ledger import (
+    check_identity,
+    code_version,
+    fingerprint,
+    make_writable,
+    only_process,
+    write_atomically,
+)
+from train.metrics_log import Clock, MetricsLog, finite_or_none
+from train.profiling import Profile
+from train.step import Compiled, HParams, Metrics, Program, TrainState, ahead_of_time, compile_program
 from train.sweep import identity
-from train.tuned import ChangeName, differences, plan, read_tuning, require_accepted
+from train.train_options import DEFAULT_LEARNING_RATE, TrainOptions
+from train.tuned import differences, plan, read_tuning, require_accepted
 
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 COORDINATES_FILE = "coordinates.jsonl"
-DEFAULT_LEARNING_RATE = 2.0**-7
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """One training run, and where its log and checkpoints go."""
-
-    out: pathlib.Path
-    """Folder of checkpoints and log; a run that was stopped goes on from it."""
-    width: int = 64
-    """Model width."""
-    learning_rate: float | None = None
-    """Peak learning rate at the base width; by default 2^-7, or what --tuned-by found."""
-    preset: PresetName | None = None
-    """Parametrization; by default mup, or the one that --tuned-by found to transfer."""
-    tuned_by: pathlib.Path | None = None
-    """Folder of a sweep: its optimum, preset, optimizer, base sizes, data settings and steps are the defaults here."""
-    accept_change: tuple[ChangeName, ...] = ()
-    """With --tuned-by: in what this run may differ from the sweep, although that may move the optimum."""
-    seed: int = 0
-    """Seed of the initialisation; the data have their own."""
-    steps: int = 200
-    """Training steps; the schedule's length."""
-    stop_at: int | None = None
-    """Save and stop after this step of the schedule; run again without it to go on."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    validate_every: int = 100
-    """Steps between validations; the last step is always validated."""
-    coordinates_every: int = 0
-    """Steps between rows of coordinates.jsonl, per layer: sizes of activations and of what updates do, saturation of
-    the gates, coherence of their gradients. 0: none."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "steps", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
-        if self.coordinates_every < 0:
-            raise ValueError(f"--coordinates-every must be 0 or more; got {self.coordinates_every}.")
-        if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
-            raise ValueError(f"--stop-at must be from 1 to --steps ({self.steps}); got {self.stop_at}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed must be in [0, 2^31); got {self.seed}.")
-        if self.learning_rate is not None:
-            check_learning_rate(self.learning_rate)
-        if self.preset is not None:
-            check_preset_name(self.preset, "--preset")
-        if self.tuned_by is not None and self.learning_rate is not None:
-            raise ValueError("--learning-rate is what --tuned-by gives; use one of the two.")
-        if self.accept_change and self.tuned_by is None:
-            raise ValueError(
-                "--accept-change says in what a run may differ from --tuned-by; name that sweep."
-            )
+NOT_FINITE_FILE = "not-finite.jsonl"
 
 
 def run_training(
@@ -95,6 +53,7 @@ def run_training(
     optimizer: OptimizerOptions,
     data_config: DataConfig,
     say: Callable[[str], None] = lambda text: None,
+    keep: KeepOptions = KeepOptions(),
 ) -> dict[str, Any]:
     """Trains to the end of the schedule, or to ``stop_at``.
 
@@ -104,225 +63,327 @@ def run_training(
         optimizer: with its schedule.
         data_config: of the corpus.
         say: takes a line for the user.
+        keep: what is kept, and what is done about faults.
 
     Returns:
         The summary: steps, tokens, ``val_loss`` (None when diverged or stopped early), ``diverged_at_step``.
 
     Raises:
         ValueError: anything wrong with options, corpus or folder; before any compilation.
+        Stopped: SIGTERM or SIGUSR1 came; everything is saved.
+        RunFailedError: the disk is full; the last checkpoint is as it was.
     """
-    model = model.with_base(DEFAULT_BASE_WIDTH)
-    if options.tuned_by is None:
-        data = prepare(data_config)
-        learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
-    else:
-        tuning = read_tuning(options.tuned_by, options.preset, options.width)
-        now = identity(model, optimizer, data_config, None, options.steps)
-        require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
-        data = prepare(data_config)
-        now = identity(model, optimizer, data_config, data, options.steps)
-        changed = differences(tuning.config, now)
-        require_accepted(changed, options.accept_change, options.tuned_by)
-        for line in plan(tuning, options.width, now, changed):
-            say(line)
-        learning_rate, preset = tuning.learning_rate, tuning.preset
-    program = Program(
-        model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
-    )
-    hparams = program.hparams(learning_rate, preset)
-    devices = len(jax.devices())
-    if data_config.batch_size % devices:
-        raise ValueError(
-            f"--data.batch-size must be a multiple of the {devices} devices there are; got {data_config.batch_size}. "
-            f"Use {-(-data_config.batch_size // devices) * devices}."
+    with StopRequests() as stop:
+        with stop.at_once():
+            model = model.with_base(DEFAULT_BASE_WIDTH)
+            data, learning_rate, preset = _what_to_run(options, model, optimizer, data_config, say)
+        program = Program(
+            model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name),
+            optimizer,
+            options.steps,
+            options.accumulate,
         )
-    make_writable(options.out)
-    with only_process(options.out):
+        hparams = program.hparams(learning_rate, preset)
+        parts = len(jax.devices()) * options.accumulate
+        if data_config.batch_size % parts:
+            what = f"{len(jax.devices())} devices there are"
+            what = what if options.accumulate == 1 else f"{what}, times --accumulate {options.accumulate}"
+            raise ValueError(
+                f"--data.batch-size must be a multiple of the {what}; got {data_config.batch_size}. "
+                f"Use {-(-data_config.batch_size // parts) * parts}."
+            )
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
             "run": {
                 "width": options.width,
                 "learning_rate": learning_rate,
                 "preset": preset,
                 "seed": options.seed,
+                "accumulate": options.accumulate,
             }
         }
-        check_identity(options.out, CONFIG_FILE, run_identity)
-        return _train(options, program, hparams, data, data_config, run_identity, say)
+        with contextlib.ExitStack() as held:
+            run = _Run(options, keep, program, hparams, data, data_config, run_identity, stop, say)
+            held.enter_context(disk_full_said(options.out, run.kept))
+            processes.on_first(lambda: _take_folder(options.out, run_identity, keep.allow_changes, held))
+            return run.train()
 
 
-def _train(
+def _what_to_run(
     options: TrainOptions,
-    program: Program,
-    hparams: Any,
-    data: Any,
+    model: ModelOptions,
+    optimizer: OptimizerOptions,
     data_config: DataConfig,
-    run_identity: dict[str, Any],
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    mesh = meshes.make_mesh()
-    compiled = compile_program(program, mesh, packed=False)
-    checkpoints = Checkpoints(options.out / "checkpoints")
-    seed = jnp.int32(options.seed)
-    first = checkpoints.latest_step or 0
-    last = options.stop_at or options.steps
-    loader = train_loader(data, data_config)
-    if first:
-        like = abstract_like(jax.eval_shape(compiled.init, seed, hparams), meshes.replicated(mesh))
-        state, position = checkpoints.restore(first, like)
-        loader.set_state(position)
-        say(f"going on from step {first} of {options.steps}")
-    else:
-        state = compiled.init(seed, hparams)
-    if first >= last:
-        checkpoints.close()
-        say(f"already at step {first}; nothing to do")
-        return _summary(options, data_config, compiled, state, data, write=first == options.steps)
-
-    log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
-    tokens_per_step = data_config.batch_size * data_config.sequence_length
-    held_out = validation_batches(data, data_config)
-    coordinates = CoordinateLog.begin(options, program, hparams, held_out[0], first)
-    clock = _Clock(tokens_per_step)
-
-    def observe(step: int, metrics: Metrics) -> None:
-        speed = clock.tick()
-        row = {
-            "step": step,
-            "tokens": step * tokens_per_step,
-            "loss": _finite(metrics.loss),
-            "grad_norm": _finite(metrics.grad_norm),
-            "learning_rate": float(metrics.learning_rate),
-            "tokens_per_second": speed,
-        }
-        log.write(row)
-        if step == first + 1 or step % max(1, options.steps // 20) == 0:
-            say(f"step {step:>6}  loss {float(metrics.loss):.4f}  {speed or 0:,.0f} tokens/s")
-
-    def after_step(step: int, state: TrainState) -> None:
-        if step % options.validate_every == 0 and step != options.steps:
-            loss = float(loop.mean_validation_loss(compiled, state, held_out))
-            log.write({"step": step, "val_loss": _finite(loss)})
-            say(f"step {step:>6}  validation {loss:.4f}")
-        if coordinates is not None and (step % options.coordinates_every == 0 or step == options.steps):
-            coordinates.write(step, state)
-        if step % options.checkpoint_every == 0 or step == last:
-            checkpoints.save(step, state, loader.get_state(), run_identity)
-
-    state = loop.run(
-        compiled,
-        state,
-        hparams,
-        loader,
-        first_step=first,
-        last_step=last,
-        observe=observe,
-        after_step=after_step,
-    )
-    checkpoints.close()
-    diverged = int(state.diverged_at) >= 0
-    done = diverged or last == options.steps
-    summary = _summary(options, data_config, compiled, state, data, write=done)
-    if summary["diverged_at_step"]:
-        say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
-    log.close()
-    if coordinates is not None:
-        coordinates.close()
-    return summary
+) -> tuple[PreparedData, float, str]:
+    """Data, learning rate and preset: those asked for, or what the sweep of ``tuned_by`` found."""
+    if options.tuned_by is None:
+        learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
+        return prepare(data_config), learning_rate, preset
+    tuning = read_tuning(options.tuned_by, options.preset, options.width)
+    now = identity(model, optimizer, data_config, None, options.steps)
+    require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
+    data = prepare(data_config)
+    now = identity(model, optimizer, data_config, data, options.steps)
+    changed = differences(tuning.config, now)
+    require_accepted(changed, options.accept_change, options.tuned_by)
+    if processes.first():
+        for line in plan(tuning, options.width, now, changed):
+            say(line)
+    return data, tuning.learning_rate, tuning.preset
 
 
-def _summary(
-    options: TrainOptions,
-    data_config: DataConfig,
-    compiled: Any,
-    state: TrainState,
-    data: Any,
-    *,
-    write: bool,
-) -> dict[str, Any]:
-    step, diverged_at = int(state.step), int(state.diverged_at)
-    loss = (
-        float(loop.mean_validation_loss(compiled, state, validation_batches(data, data_config)))
-        if write
-        else None
-    )
-    lost_at = loop.divergence_step(diverged_at, loss, step)
-    summary = {
-        "steps": step,
-        "tokens": step * data_config.batch_size * data_config.sequence_length,
-        "val_loss": loss if lost_at is None else None,
-        "diverged_at_step": lost_at,
-        "code_version": code_version(),
-        "devices": len(jax.devices()),
-    }
-    if write:
-        write_atomically(options.out / SUMMARY_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    return summary
+def _take_folder(
+    out: pathlib.Path, run_identity: dict[str, Any], changes: bool, held: contextlib.ExitStack
+) -> None:
+    make_writable(out)
+    held.enter_context(only_process(out))
+    check_identity(out, CONFIG_FILE, run_identity, changes=changes, option="--allow-changes")
 
 
-class MetricsLog:
-    """JSON lines; what a stopped run logged beyond its last checkpoint is dropped when it goes on."""
+@dataclasses.dataclass
+class _Run:
+    """A run that owns its folder."""
 
-    def __init__(self, path: pathlib.Path, keep_until: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if row["step"] <= keep_until:
-                    kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a")
+    options: TrainOptions
+    keep: KeepOptions
+    program: Program
+    hparams: HParams
+    data: PreparedData
+    data_config: DataConfig
+    identity: dict[str, Any]
+    stop: StopRequests
+    say_anywhere: Callable[[str], None]
+    checkpoints: Checkpoints | None = None
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a row."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+    def say(self, text: str) -> None:
+        """A line for the user, once however many processes there are."""
+        if processes.first():
+            self.say_anywhere(text)
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def kept(self) -> str:
+        """What is safe, a clause."""
+        if self.checkpoints is None or self.checkpoints.newest is None:
+            return "no checkpoint was written yet"
+        return f"the checkpoint of step {self.checkpoints.newest} is kept"
 
+    def train(self) -> dict[str, Any]:
+        """To the end of the schedule, or to ``stop_at``; the summary."""
+        options = self.options
+        with self.stop.at_once():
+            checkpoints = Checkpoints(
+                options.out / "checkpoints", self.keep.keep, self.keep.keep_best, self.say
+            )
+        self.checkpoints = checkpoints
+        first, last = checkpoints.newest or 0, options.stop_at or options.steps
+        if first == options.steps and (summary := processes.on_first(self._finished)) is not None:
+            checkpoints.close()
+            self.say(f"already at step {first}, the last; nothing to do")
+            return summary
+        try:
+            compiled, state, position = self._begin(checkpoints, first)
+            if first >= last:
+                self.say(f"already at step {first}; nothing to do")
+            else:
+                state = self._steps(checkpoints, compiled, state, position, first, last)
+            checkpoints.wait()
+            return self._summary(compiled, state, done=max(first, last) == options.steps)
+        except Stopped as stopped:
+            checkpoints.wait()
+            self.say(f"stopped by {stopped}; {self.kept()}")
+            raise
+        finally:
+            checkpoints.abandon()
 
-class CoordinateLog:
-    """Rows of `coordinates.measure`, as a training run goes on."""
-
-    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog) -> None:
-        self._measure, self._log = measure, log
-
-    @classmethod
-    def begin(
-        cls, options: TrainOptions, program: Program, hparams: Any, held_out: Batch, first: int
-    ) -> "CoordinateLog | None":
-        """The log of a run that goes on after ``first`` steps, or None where none is asked for."""
-        if not options.coordinates_every:
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end, where it was written and is sound."""
+        try:
+            summary = json.loads((self.options.out / SUMMARY_FILE).read_text())
+        except (OSError, ValueError):
             return None
-        measure = measurement(program, options.seed, hparams, held_out)
-        return cls(measure, MetricsLog(options.out / COORDINATES_FILE, keep_until=first))
+        return summary if summary.get("steps") == self.options.steps else None
 
-    def write(self, step: int, state: TrainState) -> None:
-        """Measures a state and adds its row."""
-        self._log.write({"step": step, **self._measure(state)})
+    def _begin(self, checkpoints: Checkpoints, first: int) -> tuple[Compiled, TrainState, Any]:
+        """The compiled functions, the state after ``first`` steps, and the position in the data."""
+        if (
+            first
+            and not self.keep.allow_changes
+            and checkpoints.config_fingerprint(first) != fingerprint(self.identity)
+        ):
+            raise ValueError(
+                f"{self.options.out} has a checkpoint of another configuration than {CONFIG_FILE} says; "
+                "choose another --out, or --allow-changes to go on from it."
+            )
+        mesh = meshes.make_mesh()
+        jitted = compile_program(self.program, mesh, packed=False)
+        seed = jnp.int32(self.options.seed)
+        rows = (self.data_config.batch_size, self.data_config.sequence_length)
+        batch: Any = Batch._make(
+            jax.ShapeDtypeStruct(rows, dtype) for dtype in (*[jnp.int32] * 3, jnp.float32)
+        )
+        compiled = self.stop.compile(
+            lambda: ahead_of_time(jitted, seed, self.hparams, batch, init=first == 0)
+        )
+        if not first:
+            return compiled, compiled.init(seed, self.hparams), None
+        like = abstract_like(jax.eval_shape(jitted.init, seed, self.hparams), meshes.replicated(mesh))
+        state, position = checkpoints.restore(first, like)
+        self.say(f"going on from step {first} of {self.options.steps}")
+        return compiled, state, position
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._log.close()
+    def _steps(
+        self,
+        checkpoints: Checkpoints,
+        compiled: Compiled,
+        state: TrainState,
+        position: Any,
+        first: int,
+        last: int,
+    ) -> TrainState:
+        options, stop = self.options, self.stop
+        loader = train_loader(self.data, self.data_config)
+        if position is not None:
+            loader.set_state(position)
+        held_out = validation_batches(self.data, self.data_config)
+        log = MetricsLog(options.out / METRICS_FILE, keep_until=first) if processes.first() else None
+        if log is not None:
+            checkpoints.scores.update(log.val_losses)
+        tokens_per_step = self.data_config.batch_size * self.data_config.sequence_length
+        clock = Clock(tokens_per_step)
+        flops, peak = train_flops_per_token(self.program.config), peak_flops(jax.devices()[0])
+        coordinates = None
+        if options.coordinates_every and processes.first():
+            measure = measurement(self.program, options.seed, self.hparams, held_out[0])
+            coordinates = CoordinateLog(measure, MetricsLog(options.out / COORDINATES_FILE, keep_until=first))
+        profile = Profile(options.profile_steps, options.out / "profile")
 
+        def write(row: dict[str, Any]) -> None:
+            if log is not None:
+                log.write(row)
 
-class _Clock:
-    """Tokens per second since the tick before; the first tick knows none."""
+        def observe(step: int, metrics: Metrics) -> None:
+            checkpoints.check()
+            if profile.seen(step):
+                self.say(f"step {step:>6}  trace written to {options.out / 'profile'}")
+            speed = clock.tick()
+            row = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "loss": finite_or_none(metrics.loss),
+                "grad_norm": finite_or_none(metrics.grad_norm),
+                "learning_rate": float(metrics.learning_rate),
+                "tokens_per_second": speed,
+            }
+            if peak is not None and speed is not None:
+                row["mfu"] = round(speed * flops / (peak * compiled.mesh.size), 4)
+            write(row)
+            if step == first + 1 or step % max(1, options.steps // 20) == 0:
+                self.say(f"step {step:>6}  loss {float(metrics.loss):.4f}  {speed or 0:,.0f} tokens/s")
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens, self._before = tokens_per_step, None
+        def validates(step: int) -> bool:
+            return step % options.validate_every == 0 and step != options.steps
 
-    def tick(self) -> float | None:
-        now = time.perf_counter()
-        speed = None if self._before is None else round(self._tokens / (now - self._before), 1)
-        self._before = now
-        return speed
+        # A kill during a save costs the steps since the save before, and those taken while it was written.
+        half = max(1, options.checkpoint_every // 2)
 
+        def saves(step: int) -> bool:
+            return step % half == 0 or step == last
 
-def _finite(value: Any) -> float | None:
-    number = float(np.asarray(value))
-    return number if math.isfinite(number) else None
+        def save(step: int, state: TrainState) -> None:
+            # Not the loader's own position: it may have read on.
+            at = train_loader(self.data, self.data_config, start_step=step).get_state()
+            checkpoints.save(step, state, at, self.identity)
+            if options.checkpoint_every == 1:
+                checkpoints.wait()
+
+        def validate(step: int, state: TrainState) -> None:
+            loss = float(loop.mean_validation_loss(compiled, state, held_out, stop))
+            checkpoints.scores[step] = loss
+            write({"step": step, "val_loss": finite_or_none(loss)})
+            self.say(f"step {step:>6}  validation {loss:.4f}")
+
+        def writes_coordinates(step: int) -> bool:
+            every = options.coordinates_every
+            return coordinates is not None and (step % every == 0 or step == options.steps)
+
+        def after_step(step: int, state: TrainState) -> None:
+            if coordinates is not None and writes_coordinates(step):
+                coordinates.write(step, state)
+            # A step that is only measured is saved, too: it may be the one at which the run stops.
+            if saves(step) or not validates(step):
+                save(step, state)
+            if validates(step):
+                try:
+                    validate(step, state)
+                except Stopped:
+                    # Made up for when the run goes on.
+                    save(step, state)
+                    raise
+
+        def save_before(step: int, found: TrainState) -> None:
+            # As it was before anything was noticed.
+            save(step - 1, found._replace(diverged_at=found.diverged_at * 0 - 1))
+
+        def diverged(step: int, batch: Batch, before: TrainState) -> bool:
+            try:
+                report = stop.compile(lambda: diagnose(self.program, compiled.mesh, step, before, batch))
+            except Stopped:
+                save_before(step, before)
+                raise
+            if processes.first():
+                with (options.out / NOT_FINITE_FILE).open("a") as file:
+                    file.write(json.dumps(report) + "\n")
+            # Without sound parameters no step will be finite: nothing to go on with, and nothing to save.
+            sound = report["where"] != "parameters"
+            skip = self.keep.nan_policy == "skip" and sound
+            self.say(f"{sentence(report)}; {'left out' if skip else 'the run ends'}")
+            if sound and not skip:
+                save_before(step, before)
+            return skip
+
+        try:
+            if first and processes.on_first(
+                lambda: validates(first) and (log is None or first not in log.validated)
+            ):
+                validate(first, state)
+            return loop.run(
+                compiled,
+                state,
+                self.hparams,
+                profile.batches(loader, first),
+                first_step=first,
+                last_step=last,
+                observe=observe,
+                due=lambda step: saves(step) or validates(step) or writes_coordinates(step),
+                after_step=after_step,
+                diverged=diverged,
+                stop=stop,
+            )
+        finally:
+            profile.close()
+            if log is not None:
+                log.close()
+            if coordinates is not None:
+                coordinates.close()
+
+    def _summary(self, compiled: Compiled, state: TrainState, *, done: bool) -> dict[str, Any]:
+        step, diverged_at = int(state.step), int(state.diverged_at)
+        loss = None
+        if done and diverged_at < 0:
+            held_out = validation_batches(self.data, self.data_config)
+            loss = float(loop.mean_validation_loss(compiled, state, held_out, self.stop))
+        lost_at = loop.divergence_step(diverged_at, loss, step)
+        if lost_at is not None:
+            self.say(f"diverged at step {lost_at}: lower --learning-rate")
+        summary = {
+            "steps": step,
+            "tokens": step * self.data_config.batch_size * self.data_config.sequence_length,
+            "val_loss": loss if lost_at is None else None,
+            "diverged_at_step": lost_at,
+            "code_version": code_version(),
+            "devices": len(jax.devices()),
+        }
+        if (done or lost_at is not None) and processes.first():
+            write_atomically(
+                self.options.out / SUMMARY_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n"
+            )
+        return summary

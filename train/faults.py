@@ -1,0 +1,46 @@
+"""What goes wrong outside the program, said in one line."""
+
+import contextlib
+import errno
+import pathlib
+from collections.abc import Callable, Iterator
+
+
+class RunFailedError(Exception):
+    """A run ended early for a reason that the user can remove; the message is one clear line."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What TensorStore says; it has no errno of its own.
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED: Error writing")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether ``error`` or what caused it is a disk without space."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def disk_full_said(folder: pathlib.Path, kept: Callable[[], str]) -> Iterator[None]:
+    """Turns a full disk in here into a `RunFailedError`.
+
+    Args:
+        folder: where there is no space.
+        kept: what is safe all the same, a clause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunFailedError(
+            f"no space left in {folder}; {kept()}. Free some space, and the same command goes on from there."
+        ) from error
