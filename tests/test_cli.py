@@ -21,8 +21,9 @@ def folder(tmp_path_factory):
     ledger = folder / "ledger"
     ledger.mkdir()
     (ledger / "sweep.json").write_text(json.dumps({"steps": 3}))
-    (folder / "run").mkdir()
-    (folder / "run" / "run.json").write_text(json.dumps({"steps": 3}))
+    for name, content in (("run", json.dumps({"steps": 3})), ("damaged", "{")):
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(content)
     return folder
 
 
@@ -80,10 +81,25 @@ WRONG = [
     ("train --out {0}/o --learning-rate 1e39", "must be a float32, from 1.2e-38 to 3.4e+38; got 1e+39."),
     ("train --out {0}/o --width 100", "Use a multiple of 32"),
     ("train --out {0}/file/o", "--out must be a folder that can be written"),
-    ("train --out {0}/run", "was begun with another configuration"),
     ("train --out {0}/o --data.corpus {0}/binary.txt", "binary.txt"),
     ("train --out {0}/o --data.sequence-length 0", "sequence_length must be at least 2; got 0."),
     ("train --out {0}/o --preset standard", "invalid choice 'standard'"),
+    ("train --out {0}/o --keep 0", "--keep must be positive; got 0."),
+    ("train --out {0}/o --keep-best -1", "--keep-best must be 0 or more; got -1."),
+    ("train --out {0}/o --nan-policy ignore", "invalid choice 'ignore' for argument '--nan-policy'"),
+    (
+        "train --out {0}/o --accumulate 3",
+        "--data.batch-size must be a multiple of the 1 devices there are, times",
+    ),
+    ("train --out {0}/o --accumulate 0", "--accumulate must be positive; got 0."),
+    ("train --out {0}/o --profile-steps 7", "--profile-steps must be FIRST..LAST, such as 10..12; got '7'."),
+    ("train --out {0}/o --profile-steps 7..3", "--profile-steps must be FIRST..LAST"),
+    ("train --out {0}/o --model.remat all", "invalid choice 'all' for argument '--model.remat'"),
+    ("train --out {0}/o --checkpoint-every 0", "--checkpoint-every must be positive; got 0."),
+    ("train --out {0}/o --stop-at 300", "--stop-at must be from 1 to --steps (200); got 300."),
+    ("train --out {0}/run", "or --allow-changes to go on with these"),
+    ("train --out {0}/damaged", "choose another --out"),
+    ("train --out {0}/file", "--out must be a folder that can be written"),
     ("coord-check --out {0}/o --widths 64 128", "Use 64 128 256 512."),
     ("coord-check --out {0}/o --seeds 0", "--seeds must be at least 3"),
     ("coord-check --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),

@@ -1,6 +1,7 @@
 """The step: muP = SP at the base, packed = alone, one compilation, the schedule, divergence, evaluation."""
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import tiny
 from train import loop
 from train.config import OptimizerOptions
 from train.data import prepare, train_batch, validation_batches
-from train.mesh import make_mesh
+from train.diagnose import _first_backward, diagnose, sentence
+from train.interrupts import Stopped, StopRequests
+from train.mesh import make_mesh, put_batch
 from train.step import Program, compile_program, schedule
 
 STEPS = 10
@@ -157,3 +160,192 @@ def test_schedule():
     assert np.max(values) == 1.0
     constant = dataclasses.replace(options, warmup_fraction=0.0, final_fraction=1.0)
     np.testing.assert_allclose(jax.vmap(lambda s: schedule(s, 5, constant))(jnp.arange(5)), 1.0, rtol=1e-6)
+
+
+def _poisoned(batch):
+    mask = np.array(batch.loss_mask)
+    mask[2, 3] = np.nan
+    return batch._replace(loss_mask=mask)
+
+
+@pytest.mark.parametrize("bad", [1, 4, STEPS])
+@pytest.mark.parametrize("looked_at_once", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(setup, alone, bad, looked_at_once):
+    """Left out: the state is that of a run whose schedule goes on, but which never took that step."""
+    program, compiled = alone
+    _, _, batches = setup
+    hparams = program.hparams(0.02, "mup")
+    expected = compiled.init(jnp.int32(0), hparams)
+    for step, batch in enumerate(batches, 1):
+        if step == bad:
+            expected = expected._replace(step=expected.step + 1)
+        else:
+            expected, _ = compiled.step(expected, batch, hparams)
+    seen, after = [], []
+
+    def left_out(step, batch, state):
+        seen.append((step, int(state.step), bool(np.isnan(batch.loss_mask).any())))
+        return True
+
+    state = loop.run(
+        compiled,
+        compiled.init(jnp.int32(0), hparams),
+        hparams,
+        [_poisoned(batch) if step == bad else batch for step, batch in enumerate(batches, 1)],
+        first_step=0,
+        last_step=STEPS,
+        observe=lambda step, metrics: None,
+        due=lambda step: looked_at_once,
+        after_step=lambda step, state: after.append((step, int(state.step), int(state.diverged_at))),
+        diverged=left_out,
+    )
+    # The diagnosis gets the state as the step found it, and its batch.
+    assert seen == [(bad, bad - 1, True)]
+    assert after == ([(step, step, -1) for step in range(1, STEPS + 1)] if looked_at_once else [])
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_run_that_ends_there_keeps_the_state_before(setup, alone):
+    program, compiled = alone
+    _, _, batches = setup
+    hparams = program.hparams(0.02, "mup")
+    state, losses = _train(
+        compiled, jnp.int32(0), hparams, [*batches[:3], _poisoned(batches[3]), *batches[4:]]
+    )
+    before, _ = _train(compiled, jnp.int32(0), hparams, batches[:3])
+    assert int(state.diverged_at) == int(state.step) == 3
+    assert not np.isfinite(losses[3])
+    jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
+
+
+def test_a_stopped_run_has_seen_its_state(setup, alone):
+    program, compiled = alone
+    _, _, batches = setup
+    hparams = program.hparams(0.02, "mup")
+    saved = {}
+    with StopRequests() as stop:
+
+        def observe(step, metrics):
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        def train(state, first, stop):
+            return loop.run(
+                compiled,
+                state,
+                hparams,
+                batches[first:],
+                first_step=first,
+                last_step=STEPS,
+                observe=observe,
+                after_step=lambda step, state: saved.update({step: state}),
+                stop=stop,
+            )
+
+        with pytest.raises(Stopped):
+            train(compiled.init(jnp.int32(0), hparams), 0, stop)
+        with pytest.raises(Stopped):
+            loop.mean_validation_loss(compiled, saved[5], batches[:2], stop)
+    assert list(saved) == [5]
+    state = train(saved[5], 5, None)
+    whole, _ = _train(compiled, jnp.int32(0), hparams, batches)
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+
+
+def test_parts_of_a_batch_add_up(setup, alone):
+    """Rows of unequal weight: the mean is over tokens, not over parts."""
+    program, compiled = alone
+    _, _, batches = setup
+    hparams = program.hparams(0.02, "mup")
+    mask = np.array(batches[0].loss_mask)
+    mask[1:6] = 0
+    batches = [batches[0]._replace(loss_mask=mask), *batches[1:4]]
+    in_parts = compile_program(dataclasses.replace(program, accumulate=4), make_mesh(), packed=False)
+    state, losses = _train(compiled, jnp.int32(0), hparams, batches)
+    other, other_losses = _train(in_parts, jnp.int32(0), hparams, batches)
+    np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5)
+    for left, right in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def deep(setup):
+    """Three layers, so that one of them can be the one; a few steps on, so that gradients reach all."""
+    _, data, batches = setup
+    model = dataclasses.replace(tiny.MODEL, layers=3)
+    program = Program(model.gdn_config(8, data.vocab_size), tiny.OPTIMIZER, STEPS)
+    compiled = compile_program(program, make_mesh(), packed=False)
+    hparams = program.hparams(0.02, "mup")
+    state, _ = _train(compiled, jnp.int32(0), hparams, batches[:3])
+    return program, compiled.mesh, state, put_batch(compiled.mesh, batches[3])
+
+
+def _with(state, change, *path):
+    """The state with one parameter changed."""
+    params = jax.tree.map(lambda x: x, state.params)
+    inner = params
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = change(inner[path[-1]])
+    return state._replace(params=params)
+
+
+MLP_DOWN = ("layers", "mlp", "down", "kernel")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_layer_of_a_parameter_is_named(deep, layer):
+    program, mesh, state, batch = deep
+    bad = _with(state, lambda x: x.at[layer, 0, 0].set(jnp.nan), *MLP_DOWN)
+    report = diagnose(program, mesh, 4, bad, batch)
+    assert (report["where"], report["layer"], report["name"]) == ("parameters", layer, ".".join(MLP_DOWN))
+    assert report["batch"]["places"] == [24, 31]
+    assert f"parameter layers.mlp.down.kernel of layer {layer} is not finite" in sentence(report)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_layer_of_a_value_is_named(deep, layer):
+    """Finite parameters, whose product overflows."""
+    program, mesh, state, batch = deep
+    bad = _with(state, lambda x: x.at[layer].multiply(1e20), "layers", "mlp", "up", "kernel")
+    bad = _with(bad, lambda x: x.at[layer].set(1e30), *MLP_DOWN)
+    report = diagnose(program, mesh, 4, bad, batch)
+    assert (report["where"], report["layer"], report["name"]) == ("forward", layer, "mlp_output")
+    assert f"mlp_output of layer {layer}, in the forward pass" in sentence(report)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_layer_of_a_gradient_is_named(deep, layer):
+    """A product with 0 of which only the derivative overflows."""
+    program, mesh, state, batch = deep
+    bad = _with(state, lambda x: x.at[layer].multiply(1e25), "layers", "mlp", "gate", "kernel")
+    bad = _with(bad, lambda x: x.at[layer].set(0), "layers", "mlp", "up", "kernel")
+    bad = _with(bad, lambda x: x.at[layer].multiply(1e25), *MLP_DOWN)
+    report = diagnose(program, mesh, 4, bad, batch)
+    assert (report["where"], report["layer"]) == ("backward", layer)
+    assert f"the first gradient that is not finite is that of {report['name']} of layer" in sentence(report)
+
+
+def test_gradients_are_searched_from_the_loss_backward():
+    def first(**flags):
+        found = {"embedding": True, "final_norm.gain": True, "readout": True, "layers.a": [True] * 3} | flags
+        after_layer = np.array(found.pop("after_layer", [True] * 3))
+        return _first_backward({name: np.array(fine) for name, fine in found.items()}, after_layer)
+
+    assert first() == ("nowhere", None, "")
+    assert first(embedding=False) == ("backward", None, "embedding")
+    top = {"after_layer": [False] * 3, "layers.a": [False] * 3, "embedding": False}
+    assert first(**top) == ("backward", None, "final_norm")
+    assert first(**top, readout=False) == ("backward", None, "readout")
+    assert first(**{"layers.a": [False, True, False], "embedding": False}) == ("backward", 2, "layers.a")
+    assert first(after_layer=[False, True, True], embedding=False) == ("backward", 1, "residual")
+
+
+def test_the_batch_and_a_fault_that_does_not_come_again_are_named(deep):
+    program, mesh, state, batch = deep
+    report = diagnose(program, mesh, 4, state, put_batch(mesh, _poisoned(batch)))
+    assert (report["where"], report["layer"], report["name"]) == ("batch", None, "loss_mask")
+    assert report["batch"]["rows_not_finite"] == [2]
+    assert len(report["batch"]["sha256_of_tokens"]) == 64
+    assert "look for a faulty device" in sentence(diagnose(program, mesh, 4, state, batch))

@@ -3,23 +3,28 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
+from train import train_run
 from train.checkpoint import Checkpoints
+from train.config import KeepOptions
+from train.interrupts import Stopped
 from train.train_run import TrainOptions, run_training
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _train(folder, out, **changes):
+def _train(folder, out, keep=KeepOptions(), say=lambda text: None, **changes):
     settings = {"width": 16, "learning_rate": 0.02, "steps": 60, "checkpoint_every": 10, "validate_every": 20}
     options = TrainOptions(out=folder / out, **(settings | changes))
-    return run_training(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+    return run_training(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder), say, keep)
 
 
 def _final_state(folder):
@@ -33,9 +38,16 @@ def _final_state(folder):
         return step, checkpointer.restore(path.resolve())
 
 
-def _losses(folder):
+def _losses(folder, key="loss"):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def _assert_same_state(left, right):
+    (step, one), (other_step, other) = _final_state(left), _final_state(right)
+    assert step == other_step
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +64,7 @@ def test_stopped_and_resumed_ends_bit_identical(uninterrupted):
     assert stopped["val_loss"] is None
     resumed = _train(folder, "parts")
     assert resumed == summary
-    (step, whole), (other_step, parts) = _final_state(folder / "whole"), _final_state(folder / "parts")
-    assert step == other_step == 60
-    import jax
-
-    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_array_equal(left, right)
+    _assert_same_state(folder / "whole", folder / "parts")
     assert _losses(folder / "parts") == _losses(folder / "whole")
     assert sorted(_losses(folder / "whole")) == list(range(1, 61))
 
@@ -83,10 +90,70 @@ def test_what_a_crash_logged_beyond_the_checkpoint_is_dropped(uninterrupted):
     assert _losses(folder / "crash") == _losses(folder / "whole")
 
 
-def test_another_configuration_is_refused(uninterrupted):
+class _SignalledWhenRead(list):
+    """Validation batches whose second reading is interrupted: the run is in the middle of an evaluation."""
+
+    readings = 0
+
+    def __iter__(self):
+        for index, batch in enumerate(super().__iter__()):
+            self.readings += index == 0
+            if self.readings == 2 and index == 1:
+                signal.raise_signal(signal.SIGUSR1)
+            yield batch
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+def test_a_signal_during_an_evaluation_loses_nothing(uninterrupted, monkeypatch):
+    """Not at a step that is saved anyway; the evaluation is made up for when the run goes on."""
+    folder, summary = uninterrupted
+    original, said = train_run.validation_batches, []
+    with monkeypatch.context() as patched:
+        patched.setattr(train_run, "validation_batches", lambda *args: _SignalledWhenRead(original(*args)))
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            _train(folder, "signalled", checkpoint_every=1000, say=said.append)
+    assert said[-1] == "stopped by SIGUSR1; the checkpoint of step 40 is kept"
+    assert sorted(_losses(folder / "signalled", "val_loss")) == [20]
+    said = []
+    # How often a run is saved may change.
+    assert _train(folder, "signalled", say=said.append) == summary
+    assert said[0] == "going on from step 40 of 60"
+    assert _losses(folder / "signalled") == _losses(folder / "whole")
+    assert _losses(folder / "signalled", "val_loss") == _losses(folder / "whole", "val_loss")
+    _assert_same_state(folder / "whole", folder / "signalled")
+
+
+def test_another_configuration_is_refused_unless_told(uninterrupted):
     folder, _ = uninterrupted
-    with pytest.raises(ValueError, match=r"run.learning_rate 0.02 -> 0.03"):
-        _train(folder, "whole", learning_rate=0.03)
+    _train(folder, "changed", stop_at=5)
+    with pytest.raises(
+        ValueError, match=r"run.learning_rate 0.02 -> 0.03\); .*, or --allow-changes to go on with these"
+    ):
+        _train(folder, "changed", learning_rate=0.03)
+    said = []
+    _train(folder, "changed", KeepOptions(allow_changes=True), said.append, learning_rate=0.03, stop_at=8)
+    assert said[0] == "going on from step 5 of 60"
+    # From then on that is its configuration.
+    with pytest.raises(ValueError, match=r"run.learning_rate 0.03 -> 0.02"):
+        _train(folder, "changed", stop_at=8)
+
+
+def test_another_corpus_is_refused(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    data = tiny.data_config(tmp_path)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(corpus.read_text().replace("abba", "abbc", 1))
+    options = TrainOptions(
+        out=folder / "whole", width=16, learning_rate=0.02, steps=60, checkpoint_every=10, validate_every=20
+    )
+    with pytest.raises(ValueError, match=r"begun with another configuration \(data.fingerprint"):
+        run_training(options, tiny.MODEL, tiny.OPTIMIZER, data)
+
+
+def test_steps_are_traced(uninterrupted):
+    folder, _ = uninterrupted
+    _train(folder, "traced", stop_at=6, profile_steps="3..4")
+    assert list((folder / "traced/profile").rglob("*.xplane.pb"))
 
 
 def test_divergence_is_reported(tmp_path):
@@ -107,6 +174,9 @@ def test_divergence_is_reported(tmp_path):
         ({"learning_rate": float("nan")}, "--learning-rate must be positive and finite; got nan"),
         ({"stop_at": 100}, "--stop-at must be from 1 to --steps"),
         ({"seed": -1}, "--seed must be in"),
+        ({"accumulate": 0}, "--accumulate must be positive; got 0"),
+        ({"profile_steps": "5"}, r"--profile-steps must be FIRST\.\.LAST, such as 10\.\.12; got '5'"),
+        ({"profile_steps": "5..3"}, "--profile-steps must be FIRST"),
     ],
 )
 def test_wrong_options(tmp_path, changes, message):

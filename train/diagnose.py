@@ -5,6 +5,7 @@ through the layers. The first that is not finite is named. Only flags are kept o
 needs little more memory than the step.
 """
 
+import functools
 import hashlib
 from typing import Any
 
@@ -42,7 +43,7 @@ def diagnose(
         the SHA-256 of its tokens); ``where`` (one of batch, parameters, forward, loss, backward, nowhere), ``layer``
         (from 0; None: outside the layers) and ``name`` of the first value that is not finite.
     """
-    flags, row_losses = jax.jit(meshes.in_context(mesh, _flags), static_argnums=0)(program, state, batch)
+    flags, row_losses = _jitted(mesh)(program, state, batch)
     flags = jax.device_get(flags)
     where, layer, name = _first(flags)
     rows = batch.tokens.shape[0]
@@ -80,6 +81,11 @@ def sentence(report: dict[str, Any]) -> str:
         "nowhere": "run again, every value and gradient is finite: look for a faulty device",
     }[report["where"]]
     return f"step {report['step']} is not finite ({batch}): {found}"
+
+
+@functools.cache
+def _jitted(mesh: jax.sharding.Mesh) -> Any:
+    return jax.jit(meshes.in_context(mesh, _flags), static_argnums=0)
 
 
 def _flags(program: Program, state: TrainState, batch: Batch) -> tuple[dict[str, Any], jax.Array]:
@@ -159,7 +165,7 @@ def _first_backward(gradients: dict[str, np.ndarray], after_layer: np.ndarray) -
     outside = sorted([name for layer, name in _bad(gradients) if layer is None], key="embedding".__eq__)
     # What enters the last layer from the readout is the gradient after it.
     if not after_layer[-1]:
-        return "backward", None, outside[0] if outside else "final_norm"
+        return "backward", None, next((name for name in outside if name != "embedding"), "final_norm")
     entered = [layer + 1 for layer in np.flatnonzero(~after_layer)]
     if inside and -inside[0][0] >= max(entered, default=0):
         return "backward", -inside[0][0], inside[0][1]
