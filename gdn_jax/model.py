@@ -22,7 +22,7 @@ class Multiplier(nnx.Variable):
 
 
 class Block(nnx.Module):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + s mixer(norm(x))``, then ``x + s mlp(norm(x))``, s the residual multiplier."""
 
     def __init__(self, config: GDNConfig, *, rngs: nnx.Rngs | jax.Array, rules: Rules | None = None) -> None:
         key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
@@ -33,10 +33,18 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(make, ax.EMBED, config.norm_eps)
         self.mlp = SwiGLU(make)
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, tap: Tap = no_tap) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        tap: Tap = no_tap,
+        residual_multiplier: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """``x [B, T, D]`` to the same shape and dtype; arguments as :class:`GatedDeltaNet`."""
-        x = x + self.mixer(self.mixer_norm(x), segment_ids=segment_ids, tap=tap)
-        x = x + self.mlp(self.mlp_norm(x), tap=tap)
+        scale = jnp.asarray(residual_multiplier, x.dtype)
+        x = x + scale * self.mixer(self.mixer_norm(x), segment_ids=segment_ids, tap=tap)
+        x = x + scale * self.mlp(self.mlp_norm(x), tap=tap)
         return tap("residual", x)
 
 
@@ -77,8 +85,9 @@ class GDNLanguageModel(nnx.Module):
                 out_axes=(ax.VOCAB,),
                 role=Role.READOUT,
             )
-        multiplier = (rules or static_rules(self, config)).logits_multiplier
-        self.logits_multiplier = Multiplier(jnp.asarray(multiplier, jnp.float32))
+        known = rules or static_rules(self, config)
+        self.logits_multiplier = Multiplier(jnp.asarray(known.logits_multiplier, jnp.float32))
+        self.residual_multiplier = Multiplier(jnp.asarray(known.residual_multiplier, jnp.float32))
 
     def __call__(self, tokens: Tokens, segment_ids: SegmentIds | None = None) -> Logits:
         """Logits, float32, of the token after each position.
@@ -128,7 +137,12 @@ class GDNLanguageModel(nnx.Module):
                 seen[name] = summary(value)
                 return value
 
-            x = nnx.merge(graphdef, layer)(x, segment_ids=segment_ids, tap=no_tap if added is None else tap)
+            x = nnx.merge(graphdef, layer)(
+                x,
+                segment_ids=segment_ids,
+                tap=no_tap if added is None else tap,
+                residual_multiplier=self.residual_multiplier[...],
+            )
             return x, seen
 
         embedded = self.embedding[...].astype(dtype)[tokens]

@@ -33,6 +33,9 @@ class ModelOptions:
     smallest width of a sweep or a check, and 64 for a single run."""
     layers: int = 4
     """Residual blocks, each a Gated DeltaNet mixer and a SwiGLU MLP."""
+    base_layers: int | None = None
+    """Blocks of the base model; depth rules (arXiv:2505.01618) follow from layers / base_layers. By default as many
+    as there are."""
     key_dim: int = 16
     """Size of one q or k head at the base width."""
     value_dim: int = 32
@@ -56,7 +59,15 @@ class ModelOptions:
     its products with parameters, or all but its matrix products."""
 
     def __post_init__(self) -> None:
-        for name in ("base_width", "layers", "key_dim", "value_dim", "key_heads", "value_heads"):
+        for name in (
+            "base_width",
+            "layers",
+            "base_layers",
+            "key_dim",
+            "value_dim",
+            "key_heads",
+            "value_heads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag('model', name)} must be positive; got {value}.")
@@ -85,7 +96,7 @@ class ModelOptions:
             key_dim=self.key_dim,
             value_dim=self.value_dim,
             mlp_width=round(base_width * self.mlp_ratio),
-            num_layers=self.layers,
+            num_layers=self.base_layers or self.layers,
             vocab_size=vocab_size,
             tie_embedding=self.tie_embedding,
             allow_negative_eigenvalues=self.negative_eigenvalues,
@@ -94,7 +105,7 @@ class ModelOptions:
             preset=preset,
             optimizer=optimizer,
         )
-        return base.widen(width, self.regime)
+        return dataclasses.replace(base.widen(width, self.regime), num_layers=self.layers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,14 @@ def _caption(config: GDNConfig, preset: str, optimizer: str) -> str:
     text = f"logits × {describe_ratio(rules.logits_multiplier)}"
     if optimizer == "adamw":
         text += f", Adam ε × {describe_ratio(rules.epsilon_multiplier)}"
+    if rules.residual_multiplier != 1:
+        text += f"; blocks, for their depth: what they add × {describe_ratio(rules.residual_multiplier)}"
+        factor, what = (
+            (rules.block_lr_multiplier, "LR")
+            if rules.block_lr_multiplier != 1
+            else (rules.block_epsilon_multiplier, "Adam ε")
+        )
+        text += f", {what} × {describe_ratio(factor)}"
     return (
         text
         + ". r: size / base size of the in and out axes. own: gains start at 1, gates at their usual distributions."

@@ -144,12 +144,12 @@ def identity(
     steps: int,
 ) -> dict[str, Any]:
     """What all points of a ledger share; JSON-able. Without `data` (not read yet) it lacks their fingerprint."""
-    read = dataclasses.asdict(data_config)
+    read, sizes = dataclasses.asdict(data_config), dataclasses.asdict(model)
     # Where the text lies does not matter: the fingerprint says what it is.
     del read["cache_dir"], read["corpus"]
     return {
         # Recomputing changes no result: always as the first ledgers have it.
-        "model": dataclasses.asdict(model) | {"remat": False},
+        "model": {k: v for k, v in sizes.items() if (k, v) != ("base_layers", None)} | {"remat": False},
         "optimizer": dataclasses.asdict(optimizer),
         "data": read | ({} if data is None else {"fingerprint": data.fingerprint}),
         "steps": steps,

@@ -218,7 +218,7 @@ def differences(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
             changed["corpus"] = f"{before[:12]} -> {after[:12]}"
     fixed = [
         f"{field} {value} -> {now['model'].get(field)}"
-        for field, value in config["model"].items()
+        for field, value in ({"base_layers": None} | config["model"]).items()
         if field not in _NOT_BASE and value != now["model"].get(field)
     ]
     if config["optimizer"]["name"] != now["optimizer"]["name"]:

@@ -134,7 +134,12 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         return mup.sgd(rate, specs, rules, momentum=momentum, clip_norm=None)
 
     def model_of(params: Any, rules: mup.Rules) -> GDNLanguageModel:
-        constants = nnx.State({"logits_multiplier": rules.logits_multiplier})
+        constants = nnx.State(
+            {
+                "logits_multiplier": rules.logits_multiplier,
+                "residual_multiplier": rules.residual_multiplier,
+            }
+        )
         return nnx.merge(graphdef, nnx.State(params), constants)
 
     def mean_loss(logits: jax.Array, batch: Tokens) -> jax.Array:

@@ -4,7 +4,7 @@ Every number may be traced (learning rate, decay, the rules themselves), so a ch
 inside a jitted step and one compiled program serves a whole sweep. The state does not depend on them.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -47,7 +47,11 @@ def adamw(
     Raises:
         ValueError: an unknown decay mode, or ``independent`` with a schedule and no peak.
     """
-    core = optax.scale_by_adam(b1=b1, b2=b2, eps=eps * rules.epsilon_multiplier)
+
+    def core(in_block: bool) -> optax.GradientTransformation:
+        depth = rules.block_epsilon_multiplier if in_block else 1.0
+        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps * rules.epsilon_multiplier * depth)
+
     return _partitioned(
         core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
     )
@@ -70,19 +74,26 @@ def sgd(
     Arguments as :func:`adamw`; ``momentum`` is the decay of the trace. ``rules`` must have been
     resolved for ``optimizer="sgd"``.
     """
-    core = optax.trace(decay=momentum, nesterov=nesterov)
+
+    def core(_: bool) -> optax.GradientTransformation:
+        return optax.trace(decay=momentum, nesterov=nesterov)
+
     return _partitioned(
         core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
     )
 
 
 def group_labels(specs: Any) -> Any:
-    """The label tree of ``optax.partition``: each spec's group name."""
-    return jax.tree.map(lambda spec: spec.group, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    """The label tree of ``optax.partition``: each spec's group name, those of blocks apart from others."""
+    return jax.tree.map(_label, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def _label(spec: ParamSpec) -> str:
+    return f"{spec.group}@blocks" if spec.in_block else spec.group
 
 
 def _partitioned(
-    core: optax.GradientTransformation,
+    core: Callable[[bool], optax.GradientTransformation],
     learning_rate: ScalarOrSchedule,
     specs: Any,
     rules: Rules,
@@ -101,12 +112,13 @@ def _partitioned(
     unknown = sorted(groups - set(rules.groups))
     if unknown:
         raise ValueError(f"rules must cover every parameter group; missing {', '.join(unknown)}.")
-    transforms: dict[Hashable, optax.GradientTransformation] = {
-        group: optax.chain(
-            core, _step_size(rules.groups[group], learning_rate, weight_decay, decay_mode, peak_learning_rate)
-        )
-        for group in sorted(groups)
-    }
+    transforms: dict[Hashable, optax.GradientTransformation] = {}
+    for spec in spec_leaves(specs):
+        rule = rules.groups[spec.group]
+        if spec.in_block:
+            rule = rule._replace(lr_multiplier=rule.lr_multiplier * rules.block_lr_multiplier)
+        step_size = _step_size(rule, learning_rate, weight_decay, decay_mode, peak_learning_rate)
+        transforms[_label(spec)] = optax.chain(core(spec.in_block), step_size)
     partition = optax.partition(transforms, group_labels(specs))
     # One clip, outside the partition: inside, each group would be clipped on its own.
     return (

@@ -43,11 +43,17 @@ class Rules(NamedTuple):
         groups: ``ParamSpec.group`` to :class:`ParamRule`.
         logits_multiplier: factor on the logits.
         epsilon_multiplier: factor on Adam's epsilon.
+        residual_multiplier: factor on what every mixer and MLP adds to the residual stream.
+        block_lr_multiplier: further factor on the learning rates of the blocks' parameters.
+        block_epsilon_multiplier: further factor on Adam's epsilon for them.
     """
 
     groups: dict[str, ParamRule]
     logits_multiplier: Any
     epsilon_multiplier: Any
+    residual_multiplier: Any = 1.0
+    block_lr_multiplier: Any = 1.0
+    block_epsilon_multiplier: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +172,11 @@ def _table(preset: str, optimizer: str) -> dict[Role, _Row]:
     return _paper_code(optimizer) if preset == "paper_code" else tables[preset]
 
 
+# Depth, as in CompleteP (arXiv:2505.01618, alpha = 1): L blocks whose updates are aligned add up to Theta(1) when each
+# adds 1/L. A block's gradients carry that factor as well: Adam takes it away again, all but its epsilon; SGD's
+# learning rate makes up for it.
+_SCALED_DEPTH = frozenset({"mup", "mup_standard"})
+
 # Presets that shrink the logits and Adam's epsilon with width.
 _SCALED_LOGITS = frozenset({"mup", "mup_standard", "paper_code"})
 _SCALED_EPSILON = frozenset({"mup", "mup_standard"})
@@ -233,10 +244,14 @@ def resolve_rules(
         if known != rule:
             raise ValueError(f"parameters of group {spec.group} must share one rule; got {known} and {rule}.")
     r = ratios[ax.EMBED]
+    depth = ratios.get(ax.LAYERS, 1.0) if preset in _SCALED_DEPTH else 1.0
     return Rules(
         groups,
         logits_multiplier=1 / r if preset in _SCALED_LOGITS else 1.0,
         epsilon_multiplier=1 / r if preset in _SCALED_EPSILON else 1.0,
+        residual_multiplier=1 / depth,
+        block_lr_multiplier=depth if optimizer == "sgd" else 1.0,
+        block_epsilon_multiplier=1 / depth,
     )
 
 

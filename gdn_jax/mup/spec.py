@@ -45,6 +45,11 @@ class ParamSpec:
     sizes: tuple[int, ...]
 
     @property
+    def in_block(self) -> bool:
+        """Whether this is a parameter of the residual blocks, which depth rules concern: once stacked."""
+        return "layers" in self.axes
+
+    @property
     def group(self) -> str:
         """Name of the optimizer group: parameters of one role with the same in and out axes."""
         arrow = f"{'.'.join(self.in_axes)}->{'.'.join(self.out_axes)}"
