@@ -93,6 +93,7 @@ def test_the_run_is_the_sweeps_at_another_width(folder):
         "learning_rate": pytest.approx(2**-6.2),
         "preset": "mup",
         "seed": 0,
+        "accumulate": 1,
     }
     del begun["run"]
     assert begun == json.loads((folder / "good/sweep.json").read_text())
