@@ -25,7 +25,10 @@ STRICT = pltpu.InterpretParams(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 32 tokens: two rounds of what happens between tiles, and several chunks in few tokens."""
+    """Chunks of 32 tokens: a round of what happens between tiles, and several chunks in few tokens.
+
+    Packs of two heads have half of that, no round, and a case of their own with more.
+    """
     monkeypatch.setattr(tiling, "TPU_CHUNK", 32)
 
 
@@ -70,6 +73,44 @@ CASES = {
         {"inverse_precision": "highest"},
     ),
 }
+
+
+# Two heads of 64 side by side in chunks of 32: each with its key head and its norm, and four on two key heads.
+PACKS = {
+    "packs": (
+        (1, 80, 2, 2, 64, 64),
+        "bfloat16",
+        {"keys": "correlated"},
+        {"qk_norm_eps": 1e-6, "inverse_precision": "highest"},
+    ),
+    "packs_share_keys": ((1, 70, 2, 4, 64, 48), "float32", {"keys": "correlated"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", PACKS)
+def test_packs_equal_definition(case, monkeypatch):
+    monkeypatch.setattr(tiling, "TPU_CHUNK", 64)
+    shape, dtype, hard, options = PACKS[case]
+    x = rounded(shape, dtype, **hard)
+    actual = interpreted(functools.partial(KERNEL, **options), x)
+    wanted = expected(functools.partial(REFERENCE, **options), x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], dtype)
+
+
+def test_heads_pack_where_two_fill_the_lanes():
+    """Narrow keys and values, an even number of heads, and a key head each or an even share of one."""
+
+    def pack(key_heads, value_heads, key_dim, value_dim):
+        q = jnp.zeros((1, 200, key_heads, key_dim), jnp.bfloat16)
+        v = jnp.zeros((1, 200, value_heads, value_dim), jnp.bfloat16)
+        plan = mosaic_tpu.make_plan(q, v, scale=1.0, qk_norm_eps=None, inverse_precision=None, padded=False)
+        assert plan.chunk * plan.pack == tiling.TPU_CHUNK
+        assert plan.heads * plan.pack <= 4 * tiling.TPU_HEADS
+        return plan.pack
+
+    assert [pack(16, 16, 64, 64), pack(2, 4, 60, 20), pack(2, 8, 64, 64)] == [2, 2, 2]
+    assert [pack(3, 3, 64, 64), pack(2, 6, 64, 64), pack(2, 2, 128, 64), pack(2, 2, 64, 128)] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("case", CASES)

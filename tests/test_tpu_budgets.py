@@ -10,13 +10,22 @@ from kernels_pallas.gated_delta_rule.shapes import SHAPES
 PROGRAMS = str(pathlib.Path(__file__).with_name("tpu_programs.py"))
 KERNELS = ["gated_delta_rule_backward", "gated_delta_rule_forward"]
 
-# Bundles per token-head at K = V = 128, bfloat16, 16 heads in programs of 8: what was seen, and a little more.
+# Bundles per token-head, bfloat16, 16 heads, by K = V: what was seen.
 SEEN = {
-    "v4": {"forward": 4.66, "backward": 10.3},
-    "v5e": {"forward": 4.10, "backward": 7.57},
-    "v5p": {"forward": 3.93, "backward": 7.30},
-    "v6e": {"forward": 3.53, "backward": 6.00},
-    "tpu7x": {"forward": 3.39, "backward": 5.81},
+    ("v4", 128): {"forward": 4.9, "backward": 9.7},
+    ("v5e", 128): {"forward": 4.43, "backward": 7.93},
+    ("v5p", 128): {"forward": 4.21, "backward": 7.76},
+    ("v6e", 128): {"forward": 3.34, "backward": 5.85},
+    ("tpu7x", 128): {"forward": 3.31, "backward": 5.7},
+    ("v6e", 64): {"forward": 2.27, "backward": 4.33},
+    ("v6e", 256): {"forward": 5.95, "backward": 10.1},
+}
+# And what is asked for.
+ASKED = {
+    ("v5e", 128): {"forward": 9.0},
+    ("v5p", 128): {"forward": 9.0},
+    ("v6e", 128): {"forward": 6.0, "backward": 8.0},
+    ("tpu7x", 128): {"forward": 6.5},
 }
 MARGIN = 1.05
 # v4 has 16 MiB.
@@ -31,47 +40,65 @@ def program(libtpu, tmp_path):
     return run
 
 
-def _check(topology, results):
-    for which, result in zip(("forward", "backward"), results, strict=False):
-        print(topology, which, result)
-        assert result["bundles"] <= MARGIN * SEEN[topology][which], (topology, which, result)
+def _work(dim):
+    """Multiplications of a token-head forward, in chunks of 128 and without the inverse."""
+    return 4 * 128 * dim + 3 * dim**2
+
+
+def _check(program, topology, dim, *passes):
+    results = program("op", topology, *(f"{which}:{dim}:{dim}:bfloat16" for which in passes))
+    for which, result in zip(passes, results, strict=True):
+        print(topology, dim, which, result)
+        seen = SEEN[topology, dim][which]
+        assert result["bundles"] <= MARGIN * seen, (topology, dim, which, result)
         # Far less, and the figure here is stale.
-        assert result["bundles"] >= 0.8 * SEEN[topology][which], (topology, which, result)
+        assert result["bundles"] >= 0.8 * seen, (topology, dim, which, result)
         assert result["vmem"] <= VMEM
+        if topology == "v6e":
+            # Heads of 256 spill a little more: a C × V matrix is half of the registers.
+            most = 13 if dim == 256 else 10
+            assert max(result["fills"], result["spills"]) <= most, (dim, which, result)
+            # Narrow and wide heads cost at most 1.5 times as much per multiplication.
+            asked = ASKED[topology, 128][which] * (1 if dim == 128 else 1.5 * _work(dim) / _work(128))
+            assert result["bundles"] <= asked
 
 
-def test_bundles_on_v6e(program):
-    results = program("op", "v6e", "forward:128:128:bfloat16", "backward:128:128:bfloat16")
-    _check("v6e", results)
-    assert results[0]["fills"] <= 10
-    assert results[0]["spills"] <= 10
+@pytest.mark.parametrize("dim", [64, 128])
+def test_bundles_on_v6e(program, dim):
+    _check(program, "v6e", dim, "forward", "backward")
 
 
 @pytest.mark.parametrize("topology", ["v4", "v5e", "v5p", "tpu7x"])
 def test_forward_bundles(program, topology):
-    _check(topology, program("op", topology, "forward:128:128:bfloat16"))
+    _check(program, topology, 128, "forward")
+
+
+def test_budgets_are_within_what_is_asked_for():
+    for key, passes in ASKED.items():
+        assert all(MARGIN * SEEN[key][which] <= bound for which, bound in passes.items())
 
 
 def test_nothing_is_moved_around_the_op_or_in_the_mixer(program):
-    assert program("alone", "v6e") == []
+    assert program("alone", "v6e", "64") == []
+    assert program("alone", "v6e", "128") == []
     assert program("mixer", "v6e") == {"kernels": KERNELS, "moved": []}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", SEEN)
-def test_backward_bundles(program, topology):
-    _check(topology, program("op", topology, "forward:128:128:bfloat16", "backward:128:128:bfloat16"))
+@pytest.mark.parametrize(("topology", "dim"), SEEN)
+def test_all_bundles(program, topology, dim):
+    _check(program, topology, dim, "forward", "backward")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("topology", SEEN)
+@pytest.mark.parametrize("topology", tpu_compiler.TOPOLOGIES)
 def test_every_named_shape_compiles(program, topology):
     assert program("shapes", topology, *SHAPES) == list(SHAPES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", SEEN)
+@pytest.mark.parametrize("topology", tpu_compiler.TOPOLOGIES)
 def test_float32_and_unequal_heads_compile(program, topology):
     cases = [
         f"{which}:{k}:{v}:float32" for which in ("forward", "backward") for k, v in ((64, 128), (256, 256))

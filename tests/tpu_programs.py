@@ -51,9 +51,10 @@ def shapes(topology, *names):
     return list(names)
 
 
-def alone(topology):
+def alone(topology, dim):
     """What XLA moves around the op, of q's bytes and more, when heads and channels come in one axis."""
-    batch, length, _, heads, key_dim, value_dim = BUDGET_SHAPE
+    batch, length, _, heads, *_ = BUDGET_SHAPE
+    key_dim = value_dim = int(dim)
     key = jax.ShapeDtypeStruct((batch, length, heads * key_dim), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
 

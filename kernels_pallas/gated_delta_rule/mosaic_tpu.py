@@ -2,7 +2,8 @@
 
 No array as large as q is moved around the kernels: (B, T, heads · dim) is what projections write, so the
 reshape that takes the heads together cancels the one that took them apart. Only the gates are laid out anew,
-with time on the lanes: (B, groups of heads, N, rows, C).
+with time on the lanes: (B, groups of heads, N, rows, P · C), where P heads make a pack (`mosaic_tpu_kernel.py`);
+states are (K, P · V), so that those of narrow heads fill their lanes, too.
 """
 
 import functools
@@ -21,6 +22,8 @@ from kernels_pallas.gated_delta_rule.mosaic_tpu_kernel import TILE, Plan, backwa
 _DTYPES = (jnp.bfloat16, jnp.float32)
 # Lengths of keys and values; others are filled with zeros up to the next one.
 _DIMS = (64, 128, 256)
+# Heads of which several fill a register's lanes.
+_NARROW = 64
 MAX_DIM = _DIMS[-1]
 # Sequences and groups of heads may run on either core of a chip; chunks hand their state on.
 _GRID = ("parallel", "parallel", "arbitrary")
@@ -79,8 +82,17 @@ def _heads(q: Array, v: Array) -> int | None:
         # A gate is a row; all of a program's are one or two registers.
         and heads <= 2 * tiling.TPU_HEADS
     ]
-    most = min(tiling.TPU_HEADS, tiling.TPU_TOKEN_BYTES // (max(key_dim, value_dim) * q.dtype.itemsize))
+    widest = max(key_dim, value_dim)
+    most = tiling.TPU_TOKEN_BYTES // (widest * q.dtype.itemsize)
+    most = min(tiling.TPU_HEADS * (tiling.TPU_PACK if widest <= _NARROW else 1), most)
     return max((h for h in legal if h <= most), default=min(legal, default=None))
+
+
+def _pack(heads: int, share: int, key_dim: int, value_dim: int) -> int:
+    """Heads side by side on the lanes: narrow ones, where each has a key head of its own or all of a pack one."""
+    narrow = key_dim <= _NARROW and value_dim <= _NARROW
+    pack = tiling.TPU_PACK
+    return pack if narrow and heads % pack == 0 and (share == 1 or share % pack == 0) else 1
 
 
 def make_plan(
@@ -96,13 +108,16 @@ def make_plan(
     length, key_dim, value_dim = q.shape[1], _native(q.shape[-1]), _native(v.shape[-1])
     heads = _heads(q, v)
     assert heads is not None
+    share = v.shape[2] // q.shape[2]
+    pack = _pack(heads, share, key_dim, value_dim)
     compute = jnp.dtype(q.dtype)
     one_pass = inverse_precision in (None, jax.lax.Precision.DEFAULT, "default", "fastest", "bfloat16")
     return Plan(
         # A short sequence is one chunk, not longer than it must be.
-        chunk=min(tiling.TPU_CHUNK, max(TILE, 1 << (length - 1).bit_length())),
+        chunk=min(tiling.TPU_CHUNK // pack, max(TILE, 1 << (length - 1).bit_length())),
         heads=heads,
-        share=v.shape[2] // q.shape[2],
+        pack=pack,
+        share=share,
         key_dim=key_dim,
         value_dim=value_dim,
         length=length,
@@ -120,23 +135,32 @@ def _flat(x: Array, dim: int) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _whole(plan: Plan, state: Array) -> Array:
+def _pack_states(plan: Plan, state: Array) -> Array:
+    """(B, G, K, V) → (B, G / P, K, P · V), filled with zeros."""
     padding = ((0, plan.key_dim - state.shape[2]), (0, plan.value_dim - state.shape[3]))
-    return jnp.pad(state, ((0, 0), (0, 0), *padding))
+    state = jnp.pad(state, ((0, 0), (0, 0), *padding))
+    state = state.reshape(state.shape[0], -1, plan.pack, *state.shape[2:])
+    return state.swapaxes(2, 3).reshape(*state.shape[:2], plan.key_dim, -1)
+
+
+def _unpack_states(plan: Plan, packed: Array, key_dim: int, value_dim: int) -> Array:
+    state = packed.reshape(*packed.shape[:3], plan.pack, plan.value_dim).swapaxes(2, 3)
+    return state.reshape(state.shape[0], -1, *state.shape[3:])[:, :, :key_dim, :value_dim]
 
 
 def _pack_gates(plan: Plan, log_decay: Array, beta: Array, counts: Array | None) -> Array:
-    """(B, T, G) each → (B, groups, N, rows, C) float32; filling does nothing: α = 1, β = 0."""
+    """(B, T, G) each → (B, groups, N, rows, P · C) float32; filling does nothing: α = 1, β = 0."""
     batch, _, value_heads = beta.shape
     groups = value_heads // plan.heads
 
     def rows(x: Array) -> Array:
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -plan.length % plan.chunk), (0, 0)))
-        return x.reshape(batch, plan.chunks, plan.chunk, groups, -1).transpose(0, 3, 1, 4, 2)
+        x = x.reshape(batch, plan.chunks, plan.chunk, groups, -1).transpose(0, 3, 1, 4, 2)
+        return x.reshape(*x.shape[:3], -1, plan.pack * plan.chunk)
 
     packed = [rows(log_decay), rows(beta)]
     if counts is not None:
-        packed.append(rows(jnp.broadcast_to(counts[:, :, None], (*counts.shape, groups))))
+        packed.append(rows(jnp.broadcast_to(counts[:, :, None], (*counts.shape, groups * plan.pack))))
     return jnp.concatenate(packed, axis=3)
 
 
@@ -144,10 +168,11 @@ def _unpack_gates(plan: Plan, packed: Array) -> tuple[Array, Array]:
     batch, groups = packed.shape[:2]
 
     def scalars(x: Array) -> Array:
+        x = x.reshape(*x.shape[:3], plan.heads, plan.chunk)
         x = x.transpose(0, 2, 4, 1, 3).reshape(batch, plan.chunks * plan.chunk, groups * plan.heads)
         return x[:, : plan.length]
 
-    return scalars(packed[..., : plan.heads, :]), scalars(packed[..., plan.heads :, :])
+    return scalars(packed[..., : plan.packs, :]), scalars(packed[..., plan.packs :, :])
 
 
 class _Launch:
@@ -162,17 +187,26 @@ class _Launch:
         return pl.BlockSpec((1, self.plan.chunk, dim), lambda b, g, n: (b, self._chunk(n), g))
 
     def gates(self, rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, 1, rows, self.plan.chunk), lambda b, g, n: (b, g, self._chunk(n), 0, 0))
+        lanes = self.plan.pack * self.plan.chunk
+        return pl.BlockSpec((1, 1, 1, rows, lanes), lambda b, g, n: (b, g, self._chunk(n), 0, 0))
 
     def state(self) -> pl.BlockSpec:
-        plan = self.plan
-        return pl.BlockSpec((1, plan.heads, plan.key_dim, plan.value_dim), lambda b, g, n: (b, g, 0, 0))
+        return pl.BlockSpec((1, *self.state_shape), lambda b, g, n: (b, g, 0, 0))
 
     def states(self) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, *self.state_shape), lambda b, g, n: (b, self._chunk(n), g, 0, 0))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of a program: (packs, K, P · V)."""
         plan = self.plan
-        return pl.BlockSpec(
-            (1, 1, plan.heads, plan.key_dim, plan.value_dim), lambda b, g, n: (b, self._chunk(n), g, 0, 0)
-        )
+        return plan.packs, plan.key_dim, plan.pack * plan.value_dim
+
+    def columns(self, more: int) -> Any:
+        """Scratch for sums of log decays, one or two, and `more` gates as columns in three parts each."""
+        plan = self.plan
+        count = (2 if plan.exact_decay else 1) + more
+        return self.scratch(count, plan.chunk, 3 * plan.heads, dtype=jnp.bfloat16)
 
     def scratch(self, *shape: int, dtype: Any = jnp.float32) -> Any:
         return pltpu.VMEM(shape, dtype)
@@ -231,11 +265,11 @@ def forward(
     initial_state: Float[Array, "B G K V"] | None,
     *,
     save_states: bool,
-) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], Float[Array, "B N G K2 V2"] | None]:
-    """(o in the dtype of v, final state float32, the states that enter the chunks in the dtype of q)."""
+) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], Float[Array, "B N packs K2 V2"] | None]:
+    """(o in the dtype of v, final state float32, the states that enter the chunks, packed, in the dtype of q)."""
     value_heads, value_dim = v.shape[2:]
     key_dim, compute = q.shape[-1], plan.compute
-    heads, chunk = plan.heads, plan.chunk
+    heads, chunk, lanes = plan.heads, plan.chunk, plan.pack * plan.chunk
     launch = _Launch(plan, value_heads // heads, reverse=False)
     gates = _pack_gates(plan, log_decay, beta, counts)
     keys, values = launch.tokens(plan.key_heads * plan.key_dim), launch.tokens(heads * plan.value_dim)
@@ -246,8 +280,9 @@ def forward(
         (gates, launch.gates(gates.shape[3])),
     ]
     if initial_state is not None:
-        inputs.append((_whole(plan, initial_state), launch.state()))
-    state_shape = (value_heads, plan.key_dim, plan.value_dim)
+        inputs.append((_pack_states(plan, initial_state), launch.state()))
+    packs, *state_dims = launch.state_shape
+    state_shape = (launch.groups * packs, *state_dims)
     outputs = [
         ((plan.length, value_heads * plan.value_dim), v.dtype, values),
         (state_shape, jnp.float32, launch.state()),
@@ -260,16 +295,17 @@ def forward(
         inputs,
         outputs,
         [
-            launch.scratch(heads, plan.key_dim, plan.value_dim),
-            launch.scratch(chunk, chunk),
-            launch.scratch(plan.key_heads, 2 * chunk, plan.key_dim, dtype=compute),
-            launch.scratch(TILE, heads, chunk),
-            launch.scratch(heads, chunk, chunk, dtype=plan.inverse),
-            launch.scratch(heads, chunk, chunk, dtype=compute),
+            launch.scratch(*launch.state_shape),
+            launch.scratch(chunk, lanes),
+            launch.columns(0),
+            launch.scratch(len(plan.units), 2 * chunk, plan.pack * plan.key_dim, dtype=compute),
+            launch.scratch(TILE, packs, lanes),
+            launch.scratch(packs, chunk, lanes, dtype=plan.inverse),
+            launch.scratch(packs, chunk, lanes, dtype=compute),
         ],
     )
     o = o.reshape(*v.shape[:3], plan.value_dim)[..., :value_dim]
-    return o, final_state[:, :, :key_dim, :value_dim], states[0] if states else None
+    return o, _unpack_states(plan, final_state, key_dim, value_dim), states[0] if states else None
 
 
 def backward(
@@ -280,7 +316,7 @@ def backward(
     log_decay: Float[Array, "B T G"],
     beta: Float[Array, "B T G"],
     counts: Bool[Array, "B T"] | None,
-    states: Float[Array, "B N G K2 V2"],
+    states: Float[Array, "B N packs K2 V2"],
     do: Float[Array, "B T G V"],
     dfinal_state: Float[Array, "B G K V"],
     *,
@@ -289,7 +325,7 @@ def backward(
     """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
     value_heads, value_dim = v.shape[2:]
     key_dim, compute = q.shape[-1], plan.compute
-    heads, chunk = plan.heads, plan.chunk
+    heads, chunk, lanes = plan.heads, plan.chunk, plan.pack * plan.chunk
     launch = _Launch(plan, value_heads // heads, reverse=True)
     gates = _pack_gates(plan, log_decay, beta, counts)
     keys, values = launch.tokens(plan.key_heads * plan.key_dim), launch.tokens(heads * plan.value_dim)
@@ -300,36 +336,38 @@ def backward(
         (gates, launch.gates(gates.shape[3])),
         (states, launch.states()),
         (_flat(do.astype(v.dtype), plan.value_dim), values),
-        (_whole(plan, dfinal_state.astype(jnp.float32)), launch.state()),
+        (_pack_states(plan, dfinal_state.astype(jnp.float32)), launch.state()),
     ]
     outputs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]] = [
         (x.shape[1:], x.dtype, blocks) for x, blocks in inputs[:3]
     ]
-    outputs.append(((*gates.shape[1:3], 2 * heads, chunk), jnp.float32, launch.gates(2 * heads)))
+    packs, *state_dims = launch.state_shape
+    outputs.append(((*gates.shape[1:3], 2 * packs, lanes), jnp.float32, launch.gates(2 * packs)))
     if has_state:
-        outputs.append(((value_heads, plan.key_dim, plan.value_dim), jnp.float32, launch.state()))
-    square = functools.partial(launch.scratch, heads, chunk, chunk)
-    values_scratch = launch.scratch(heads, chunk, plan.value_dim, dtype=compute)
+        outputs.append(((launch.groups * packs, *state_dims), jnp.float32, launch.state()))
+    square = functools.partial(launch.scratch, packs, chunk, lanes)
+    values_scratch = launch.scratch(packs, chunk, plan.pack * plan.value_dim, dtype=compute)
     dq, dk, dv, dgates, *dfirst = launch(
         functools.partial(backward_kernel, plan, has_state),
         "gated_delta_rule_backward",
         inputs,
         outputs,
         [
-            launch.scratch(heads, plan.key_dim, plan.value_dim),
-            launch.scratch(chunk, chunk),
-            launch.scratch(chunk, chunk),
-            launch.scratch(plan.key_heads, 2 * chunk, plan.key_dim, dtype=compute),
-            launch.scratch(TILE, heads, chunk),
+            launch.scratch(*launch.state_shape),
+            launch.scratch(chunk, lanes),
+            launch.scratch(chunk, lanes),
+            launch.columns(1),
+            launch.scratch(len(plan.units), 2 * chunk, plan.pack * plan.key_dim, dtype=compute),
+            launch.scratch(TILE, packs, lanes),
             square(dtype=plan.inverse),
             square(),
             square(),
             square(),
             values_scratch,
             values_scratch,
-            launch.scratch(heads, 2 * chunk, chunk, dtype=compute),
-            launch.scratch(3, heads, chunk),
-            launch.scratch(heads, plan.value_dim),
+            launch.scratch(packs, 2 * chunk, lanes, dtype=compute),
+            launch.scratch(3, packs, lanes),
+            launch.scratch(packs, plan.pack * plan.value_dim),
         ],
     )
 
@@ -343,5 +381,5 @@ def backward(
         apart(dv, v, plan.value_dim),
         dlog_decay,
         dbeta,
-        dfirst[0][:, :, :key_dim, :value_dim] if dfirst else None,
+        _unpack_states(plan, dfirst[0], key_dim, value_dim) if dfirst else None,
     )

@@ -35,19 +35,21 @@ def chunk_and_block(
 
 
 # TPU kernels. Tokens of a chunk: on a v6e with K = V = 128 and 8 heads, 64 takes 4.9 bundles per token and head
-# forward and 10.8 backward, where 128 takes 3.5 and 6.0.
+# forward and 10.8 backward, where 128 takes 3.3 and 5.8.
 TPU_CHUNK = 128
+# Heads of 64 that make a pack, in chunks of TPU_CHUNK / TPU_PACK: 2.3 and 4.3, where heads one by one take 3.8 and
+# 6.2. A program has as many packs as it would have heads.
+TPU_PACK = 2
 # Value heads of a program, which take turns in every stage. Forward and backward at 2 / 4 / 8: 6.1 / 4.6 / 3.5
 # and 11.1 / 8.5 / 6.0. Wider heads fill the VMEM sooner: at most so many bytes of a token's q, k or v.
 TPU_HEADS = 8
 TPU_TOKEN_BYTES = 2048
-# How many go through a stage side by side: more hide more latency and spill more. Backward at 8, 4 / 8, 2 / 8, 1
-# (merge and walk, gradients): 5.9 / 6.0 / 6.6. Forward at 8 / 4: 3.4 / 3.6, with 10.4 / 9.7 % of the store
-# slots spilling.
+# How many packs go through a stage side by side: more hide more latency and spill more. Forward at 8 / 4, when it
+# was last measured: 3.4 / 3.6, with 10.4 / 9.7 % of the store slots spilling. Backward at 8 / 4: 5.8 / 6.1. What
+# follows the walk backward goes pack by pack.
 TPU_HEADS_MERGE = 8
 TPU_HEADS_FORWARD = 4
 TPU_HEADS_BACKWARD = 8
-TPU_HEADS_GRADIENTS = 2
 # More than the compiler's default share, less than what the smallest chip has (v4: 16 MiB).
 TPU_VMEM_BYTES = 16 * 2**20
 
