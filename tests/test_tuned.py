@@ -150,11 +150,11 @@ def no_training(monkeypatch):
     """Everything up to the first array: what the run was begun with, and its summary."""
     begun = []
 
-    def trained(options, program, *rest):
-        begun.append((options, program))
+    def trained(run):
+        begun.append((run.options, run.program))
         return {"val_loss": None, "diverged_at_step": None, "steps": 0}
 
-    monkeypatch.setattr(train_run, "_train", trained)
+    monkeypatch.setattr(train_run._Run, "train", trained)
     return begun
 
 

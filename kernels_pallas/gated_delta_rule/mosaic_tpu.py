@@ -61,8 +61,8 @@ def interpreted() -> bool:
     """Whether `pltpu.force_tpu_interpret_mode` is on: the kernels then run on any platform."""
     from jax._src import config
 
-    # One setting for TPUs and GPUs; the parameters tell them apart.
-    return isinstance(config.pallas_tpu_interpret_mode_context_manager.value, pltpu.InterpretParams)
+    # One setting for TPUs and GPUs; the parameters tell them apart, and True is Pallas' plain interpreter.
+    return isinstance(config.pallas_tpu_interpret_mode_context_manager.value, pltpu.InterpretParams | bool)
 
 
 def _native(dim: int) -> int:
