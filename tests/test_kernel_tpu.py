@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from kernel_operands import assert_near, cast, forward_and_gradients, operands
+from kernel_operands import assert_near, documents, forward_and_gradients, rounded
+from kernel_operands import defined as expected
 
 from kernels_pallas import gated_delta_rule, gated_delta_rule_from_gates
 from kernels_pallas.gated_delta_rule import mosaic_tpu, tiling
@@ -43,17 +44,6 @@ def interpreted(op, x, params=STRICT):
     with pltpu.force_tpu_interpret_mode(params):
         result = jax.jit(functools.partial(forward_and_gradients, op))(x)
         return jax.tree.map(np.asarray, result)
-
-
-def expected(op, x):
-    with jax.enable_x64(True):
-        return jax.jit(functools.partial(forward_and_gradients, op))(cast(x, "float64"))
-
-
-def rounded(shape, dtype, **hard):
-    """Operands whose q, k and v have a dtype; gates and states are float32."""
-    x = cast(operands(*shape, **hard), "float32")
-    return x | {name: x[name].astype(dtype) for name in "qkv"}
 
 
 KERNEL = functools.partial(gated_delta_rule, implementation="mosaic_tpu")
@@ -127,23 +117,7 @@ def test_equals_definition(case):
 
 def test_gates_norm_documents_and_padding_inside():
     """Gates made inside, documents that begin inside a chunk and at its edge, padding of NaN, no initial state."""
-    shape = (2, 75, 1, 2, 64, 64)
-    rng = np.random.default_rng(3)
-    x = rounded(shape, "float32", seed=3)
-    row = [4] * 20 + [0] * 3 + [4] * 9 + [7] * 20 + [0] * 5 + [2] * 17 + [0]
-    segment_ids = jnp.asarray([row, [0] * 40 + [1] * 35], jnp.int32)
-    x = {name: x[name] for name in "qkv"} | {
-        "a": jnp.asarray(rng.normal(size=(*shape[:2], 2)), jnp.float32),
-        "b": jnp.asarray(rng.normal(size=(*shape[:2], 2)), jnp.float32),
-        "A_log": jnp.asarray(rng.normal(size=2), jnp.float32),
-        "dt_bias": jnp.asarray(rng.normal(size=2), jnp.float32),
-    }
-    poisoned = {
-        name: y
-        if y.ndim == 1
-        else jnp.where(jnp.expand_dims(segment_ids == 0, tuple(range(2, y.ndim))), jnp.nan, y)
-        for name, y in x.items()
-    }
+    x, poisoned, segment_ids = documents()
     op = functools.partial(
         gated_delta_rule_from_gates, segment_ids=segment_ids, qk_norm_eps=1e-6, beta_max=2.0
     )
