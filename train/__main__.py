@@ -16,6 +16,7 @@ import tyro
 from train.config import ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
+from train.mesh import MeshOptions
 from train.show_rules import ShowRulesOptions
 from train.sweep import SweepOptions
 from train.train_run import TrainOptions
@@ -29,6 +30,7 @@ class TrainCommand:
     model: ModelOptions = ModelOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     data: DataConfig = DataConfig()
+    mesh: MeshOptions = MeshOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,7 @@ def _run(command: Any) -> int:
                 command.optimizer,
                 command.data,
                 say=lambda text: print(text, flush=True),
+                mesh_options=command.mesh,
             )
             if summary["val_loss"] is not None:
                 print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")

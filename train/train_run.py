@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from train import loop
 from train import mesh as meshes
-from train.checkpoint import Checkpoints, abstract_like
+from train.checkpoint import Checkpoints
 from train.config import (
     DEFAULT_BASE_WIDTH,
     ModelOptions,
@@ -25,6 +26,7 @@ from train.config import (
 )
 from train.data import DataConfig, prepare, train_loader, validation_batches
 from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
+from train.mesh import MeshOptions
 from train.step import Metrics, Program, TrainState, compile_program
 from train.sweep import identity
 
@@ -74,6 +76,7 @@ def run_training(
     optimizer: OptimizerOptions,
     data_config: DataConfig,
     say: Callable[[str], None] = lambda text: None,
+    mesh_options: MeshOptions = MeshOptions(),
 ) -> dict[str, Any]:
     """Trains to the end of the schedule, or to ``stop_at``.
 
@@ -83,6 +86,7 @@ def run_training(
         optimizer: with its schedule.
         data_config: of the corpus.
         say: takes a line for the user.
+        mesh_options: devices along each axis; a run may go on over other ones.
 
     Returns:
         The summary: steps, tokens, ``val_loss`` (None when diverged or stopped early), ``diverged_at_step``.
@@ -96,12 +100,13 @@ def run_training(
         model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps
     )
     hparams = program.hparams(options.learning_rate, options.preset)
-    devices = len(jax.devices())
-    if data_config.batch_size % devices:
-        raise ValueError(
-            f"--data.batch-size must be a multiple of the {devices} devices there are; got {data_config.batch_size}. "
-            f"Use {-(-data_config.batch_size // devices) * devices}."
-        )
+    shape = meshes.choose_mesh(
+        mesh_options,
+        len(jax.devices()),
+        program.config,
+        data_config.batch_size,
+        data_config.sequence_length,
+    )
     make_writable(options.out)
     with only_process(options.out):
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
@@ -113,7 +118,8 @@ def run_training(
             }
         }
         check_identity(options.out, CONFIG_FILE, run_identity)
-        return _train(options, program, hparams, data, data_config, run_identity, say)
+        mesh = meshes.build_mesh(shape)
+        return _train(options, program, hparams, data, data_config, mesh, run_identity, say)
 
 
 def _train(
@@ -122,18 +128,19 @@ def _train(
     hparams: Any,
     data: Any,
     data_config: DataConfig,
+    mesh: Mesh,
     run_identity: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    mesh = meshes.make_mesh()
     compiled = compile_program(program, mesh, packed=False)
     checkpoints = Checkpoints(options.out / "checkpoints")
     seed = jnp.int32(options.seed)
     first = checkpoints.latest_step or 0
     last = options.stop_at or options.steps
-    loader = train_loader(data, data_config)
+    rows = meshes.process_rows(mesh, data_config.batch_size)
+    loader = train_loader(data, data_config, rows=rows)
     if first:
-        like = abstract_like(jax.eval_shape(compiled.init, seed, hparams), meshes.replicated(mesh))
+        like = meshes.abstract(jax.eval_shape(compiled.init, seed, hparams), program.state_sharding(mesh))
         state, position = checkpoints.restore(first, like)
         loader.set_state(position)
         say(f"going on from step {first} of {options.steps}")
@@ -146,7 +153,7 @@ def _train(
 
     log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
     tokens_per_step = data_config.batch_size * data_config.sequence_length
-    held_out = validation_batches(data, data_config)
+    held_out = validation_batches(data, data_config, rows)
     clock = _Clock(tokens_per_step)
 
     def observe(step: int, metrics: Metrics) -> None:
@@ -201,11 +208,10 @@ def _summary(
     write: bool,
 ) -> dict[str, Any]:
     step, diverged_at = int(state.step), int(state.diverged_at)
-    loss = (
-        float(loop.mean_validation_loss(compiled, state, validation_batches(data, data_config)))
-        if write
-        else None
-    )
+    loss = None
+    if write:
+        rows = meshes.process_rows(compiled.mesh, data_config.batch_size)
+        loss = float(loop.mean_validation_loss(compiled, state, validation_batches(data, data_config, rows)))
     summary = {
         "steps": step,
         "tokens": step * data_config.batch_size * data_config.sequence_length,

@@ -1,5 +1,6 @@
 """Reads the text of a compiled program (`compiled.as_text()`): what runs how often, and what only moves data."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -28,6 +29,24 @@ _NO_LAUNCH = frozenset(
         "custom-call",
     }
 )
+_COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "collective-broadcast",
+        "collective-permute",
+        "ragged-all-to-all",
+        "reduce-scatter",
+    }
+)
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)="
+    r"(mesh\[[^\]]*\] *\{[^}]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:\{[\d,]*\},?)*\})"
+)
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+# Of the three fusions that start, carry on and end one asynchronous exchange of a TPU.
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What a fusion may hold besides and still compute nothing.
 _INERT = frozenset({"parameter", "constant", "bitcast", "tuple", "get-tuple-element"})
 
@@ -49,6 +68,23 @@ class Moved(NamedTuple):
     opcode: str
     bytes: int
     calls: int
+
+
+class Collective(NamedTuple):
+    """An exchange between devices: its result on one of them, and how often it runs.
+
+    `groups` is as in the text: which devices exchange with each other. A reduce-scatter that the TPU compiler
+    makes of an all-reduce and a slice counts as that.
+    """
+
+    kind: str
+    groups: str
+    # Element type and number of elements of each array of the result.
+    arrays: tuple[tuple[str, int], ...]
+    bytes: int
+    calls: int
+    # What of the traced program it comes from.
+    origin: str
 
 
 class Calls(NamedTuple):
@@ -212,6 +248,47 @@ def kernel_vmem(compiled_text: str) -> dict[str, int]:
         for x, _ in executed
         if _is_kernel(x)
     }
+
+
+def collectives(compiled_text: str) -> list[Collective]:
+    """The exchanges between devices of a compiled program, the largest total (bytes × calls) first.
+
+    Raises:
+        ValueError: not the text of a compiled program.
+    """
+    executed, _, computations = _executed(compiled_text)
+    found, chains = [], set()
+    for instruction, calls in executed:
+        inside = [instruction]
+        if instruction.opcode in ("fusion", "async-start"):
+            inside = [x for name in _called(instruction) for x in computations.get(name, ())]
+        for part in inside:
+            kind = part.opcode.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            if chain := _CHAIN.search(part.rest):
+                if chain.groups() in chains:
+                    continue
+                chains.add(chain.groups())
+            result = part
+            if kind == "all-reduce" and any("all-reduce-scatter" in name for name in _called(instruction)):
+                kind, result = "reduce-scatter", instruction
+            arrays = tuple(
+                (dtype, math.prod(int(dim) for dim in dims.split(",") if dim))
+                for dtype, dims in _ARRAY.findall(result.shape)
+            )
+            if part.opcode in ("all-gather-start", "collective-permute-start"):
+                # Operands come first, and of a permute two words last.
+                arrays = arrays[: 2 * (len(arrays) // 2)] if kind == "all-gather" else arrays[:2]
+                arrays = arrays[len(arrays) // 2 :]
+            groups, origin = _GROUPS.search(part.rest), _ORIGIN.search(part.rest)
+            size = sum(_array_bytes(f"{dtype}[{count}]") for dtype, count in arrays)
+            found.append(
+                Collective(
+                    kind, groups[1] if groups else "{}", arrays, size, calls, origin[1] if origin else ""
+                )
+            )
+    return sorted(found, key=lambda x: -x.bytes * x.calls)
 
 
 def moved_bytes(compiled_text: str, at_least: int) -> list[Moved]:
