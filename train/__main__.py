@@ -1,9 +1,10 @@
-"""The command `gdn`: train, sweep, report, coord-check, show-rules."""
+"""The command `gdn`: train, sweep, report, coord-check, show-rules, compile."""
 
 import contextlib
 import ctypes
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.aot import CompileOptions
 from train.config import ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
@@ -70,12 +72,22 @@ class ShowRulesCommand:
     optimizer: OptimizerOptions = OptimizerOptions()
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileCommand:
+    """Compile the train step for a TPU pod without one: memory, exchanges, and whether it fits (else exit code 1)."""
+
+    compile: Annotated[CompileOptions, tyro.conf.arg(name="")]
+    mesh: MeshOptions = MeshOptions()
+    model: ModelOptions = ModelOptions()
+
+
 type Command = (
     Annotated[TrainCommand, tyro.conf.subcommand("train")]
     | Annotated[SweepCommand, tyro.conf.subcommand("sweep")]
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[CoordCheckCommand, tyro.conf.subcommand("coord-check")]
     | Annotated[ShowRulesCommand, tyro.conf.subcommand("show-rules")]
+    | Annotated[CompileCommand, tyro.conf.subcommand("compile")]
 )
 
 
@@ -90,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _keep_freed_memory()
             if isinstance(command, SweepCommand):
                 _one_cpu_device_per_core()
+            if isinstance(command, SweepCommand | TrainCommand):
+                from train.distributed import start_processes
+
+                start_processes()
         code = _run(command)
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
@@ -141,14 +157,19 @@ def _run(command: Any) -> int:
         case ReportCommand():
             return _report(command.directory, console)
         case SweepCommand():
+            from train import processes
             from train.progress import SweepBar
             from train.sweep import run_sweep
 
             _keep_compilations()
+            if not processes.first():
+                run_sweep(command.sweep, command.model, command.optimizer, command.data)
+                return 0
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
         case TrainCommand():
+            from train import processes
             from train.train_run import run_training
 
             _keep_compilations()
@@ -160,9 +181,15 @@ def _run(command: Any) -> int:
                 say=lambda text: print(text, flush=True),
                 mesh_options=command.mesh,
             )
-            if summary["val_loss"] is not None:
+            if summary["val_loss"] is not None and processes.first():
                 print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")
             return 1 if summary["diverged_at_step"] else 0
+        case CompileCommand():
+            from train.aot import compile_job, describe, plan
+
+            report = compile_job(plan(command.compile, command.model, command.mesh))
+            print(json.dumps(report, indent=1) if command.compile.json else "\n".join(describe(report)))
+            return 0 if report["fits"] and not report["unplanned"] else 1
         case CoordCheckCommand():
             from train.coord_run import run_coord_check
 

@@ -43,6 +43,16 @@ def exchanges(compiled_text: str, sizes: Mapping[str, int]) -> list[Exchange]:
     return [exchange for exchange in found if exchange.axes]
 
 
+def totals(found: Sequence[Exchange]) -> list[dict[str, Any]]:
+    """Calls and bytes of the result on one device, by kind and mesh axes; the most bytes first. JSON-able."""
+    rows: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+    for kind, axes, collective in found:
+        row = rows.setdefault((kind, axes), {"kind": kind, "axes": list(axes), "calls": 0, "bytes": 0})
+        row["calls"] += collective.calls
+        row["bytes"] += collective.bytes * collective.calls
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
 def axes_of_groups(groups: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which devices of one group differ.
 

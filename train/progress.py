@@ -45,6 +45,11 @@ class SweepBar(Progress):
     ) -> None:
         self._bar.stop()
 
+    def planned(self, lines: Sequence[str]) -> None:
+        """See :class:`Progress`."""
+        for line in lines:
+            self._console.print(line, soft_wrap=True, highlight=False)
+
     def begin(self, total_work: int, done_work: int) -> None:
         """See :class:`Progress`."""
         self._total, self._done = total_work, done_work

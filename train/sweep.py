@@ -6,12 +6,14 @@ follow from the plan alone, never from what is left to do, so that a resumed swe
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fnmatch
 import itertools
 import math
 import pathlib
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import loop
+from train import loop, processes
 from train.config import (
     ModelOptions,
     OptimizerOptions,
@@ -28,9 +30,11 @@ from train.config import (
     check_preset_name,
 )
 from train.data import DataConfig, PreparedData, prepare, train_batch, validation_batches
-from train.ledger import Ledger, code_version, make_writable, only_process
-from train.mesh import SWEEP, make_mesh
+from train.ledger import code_version, make_writable, only_process
+from train.mesh import MeshShape, build_mesh
+from train.rows import Rows, shared_rows
 from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
+from train.sweep_plan import Lane, describe, plan_sweep
 
 _OCTAVE_STEP = 0.5
 
@@ -188,6 +192,9 @@ def packs(points: Sequence[Point], size: int) -> list[list[Point]]:
 class Progress:
     """What the sweep tells its caller; the command line shows it as a bar. Does nothing by itself."""
 
+    def planned(self, lines: Sequence[str]) -> None:
+        """Which width and points run where, before anything is compiled."""
+
     def begin(self, total_work: int, done_work: int) -> None:
         """Work is counted in units that are proportional to the time it takes."""
 
@@ -201,6 +208,33 @@ class Progress:
         """A pack is in the ledger; ``skipped_work`` was left out since all had diverged."""
 
 
+class _OneAtATime(Progress):
+    """Another progress, called by one lane at a time."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner, self._lock = inner, threading.Lock()
+
+    def planned(self, lines: Sequence[str]) -> None:
+        with self._lock:
+            self._inner.planned(lines)
+
+    def begin(self, total_work: int, done_work: int) -> None:
+        with self._lock:
+            self._inner.begin(total_work, done_work)
+
+    def compiling(self, width: int, seconds: float | None) -> None:
+        with self._lock:
+            self._inner.compiling(width, seconds)
+
+    def step(self, pack: Sequence[Point], step: int, losses: np.ndarray, work: int) -> None:
+        with self._lock:
+            self._inner.step(pack, step, losses, work)
+
+    def finished(self, rows: Sequence[Mapping[str, Any]], skipped_work: int) -> None:
+        with self._lock:
+            self._inner.finished(rows, skipped_work)
+
+
 def run_sweep(
     options: SweepOptions,
     model: ModelOptions,
@@ -211,7 +245,7 @@ def run_sweep(
     """Runs what the ledger in ``options.out`` does not hold yet.
 
     Returns:
-        The rows of the plan, in its order.
+        The rows of the plan, in its order; of several processes the first has them.
 
     Raises:
         ValueError: anything wrong with the options, the corpus or the folder; before any compilation.
@@ -232,11 +266,22 @@ def run_sweep(
         for width, points in plan.items()
         for point in points
     }
-    make_writable(options.out)
-    with only_process(options.out):
-        ledger = Ledger(options.out, identity(model, optimizer, data_config, data, options.steps))
-        _execute(options, model.regime, plan, programs, hparams, data, data_config, ledger, progress)
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: _take_folder(options.out, held))
+        config = identity(model, optimizer, data_config, data, options.steps)
+        ledger = held.enter_context(shared_rows(options.out, config))
+        _execute(
+            options, model.regime, plan, programs, hparams, data, data_config, ledger, _OneAtATime(progress)
+        )
+        ledger.finish()
+        if not processes.first():
+            return []
         return [ledger.rows[point.key] for points in plan.values() for point in points]
+
+
+def _take_folder(out: pathlib.Path, held: contextlib.ExitStack) -> None:
+    make_writable(out)
+    held.enter_context(only_process(out))
 
 
 def identity(
@@ -262,22 +307,35 @@ def _execute(
     hparams: Mapping[Point, HParams],
     data: PreparedData,
     data_config: DataConfig,
-    ledger: Ledger,
+    ledger: Rows,
     progress: Progress,
 ) -> None:
     per_device = options.points_per_device or (1 if jax.default_backend() == "cpu" else 8)
-    mesh = make_mesh(sweep=len(jax.devices()), data=1)
-    size = per_device * mesh.shape[SWEEP]
+    costs = {width: _relative_cost(program) for width, program in programs.items()}
+    placed = plan_sweep(
+        plan,
+        costs,
+        processes=jax.process_count(),
+        devices=len(jax.local_devices()),
+        per_device=per_device,
+    )
+    tokens = data_config.batch_size * data_config.sequence_length
+    progress.planned(describe(placed, programs, costs, tokens, jax.devices()[0]))
     validation = validation_batches(data, data_config)
-    todo = {
-        width: [pack for pack in packs(points, size) if any(p.key not in ledger.rows for p in pack)]
-        for width, points in plan.items()
+    lanes = [lane for lane in placed.lanes if lane.process == jax.process_index()]
+    all_packs = {
+        width: packs(placed.points[lane.process, width], placed.pack_size(lane))
+        for lane in lanes
+        for width in lane.widths
     }
-    work = {width: _relative_cost(program) * size for width, program in programs.items()}
-    count = {width: len(packs(points, size)) for width, points in plan.items()}
+    todo = {
+        width: [pack for pack in of_width if any(p.key not in ledger.rows for p in pack)]
+        for width, of_width in all_packs.items()
+    }
+    work = {width: costs[width] * len(of_width[0]) * options.steps for width, of_width in all_packs.items()}
     progress.begin(
-        sum(work[width] * count[width] * options.steps for width in plan),
-        sum(work[width] * (count[width] - len(todo[width])) * options.steps for width in plan),
+        sum(work[width] * len(all_packs[width]) for width in work),
+        sum(work[width] * (len(all_packs[width]) - len(todo[width])) for width in work),
     )
     shared = {
         "code_version": code_version(),
@@ -285,38 +343,56 @@ def _execute(
         "regime": regime,
         "device": jax.devices()[0].device_kind,
     }
-    left = [width for width in plan if todo[width]]
     batch = train_batch(data, data_config, 0)
+    ended = threading.Event()
 
-    def build(width: int) -> tuple[Compiled, float]:
+    def build(lane: Lane, width: int) -> tuple[Compiled, float]:
         start = time.perf_counter()
+        devices = [jax.local_devices()[index] for index in lane.devices]
+        mesh = build_mesh(MeshShape(sweep=len(devices)), devices)
         compiled = compile_program(programs[width], mesh, packed=True)
         pack = todo[width][0]
         seeds = loop.as_seeds([point.seed for point in pack])
         return ahead_of_time(compiled, seeds, _stacked(pack, hparams), batch), time.perf_counter() - start
 
-    # Beside an accelerator the host's cores are idle: all widths compile at once. On a CPU they take turns.
-    workers = 1 if jax.default_backend() == "cpu" else max(1, len(left))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        ahead = {} if workers == 1 else {width: pool.submit(build, width) for width in left}
-        for width in left:
-            progress.compiling(width, None)
-            compiled, seconds = ahead.pop(width).result() if ahead else build(width)
-            progress.compiling(width, seconds)
-            for pack in todo[width]:
-                rows = _run_pack(
-                    compiled,
-                    programs[width],
-                    pack,
-                    hparams,
-                    data,
-                    data_config,
-                    validation,
-                    work[width],
-                    progress,
-                )
-                for row in rows:
-                    ledger.append(row | shared)
+    def run_lane(lane: Lane) -> None:
+        left = [width for width in lane.widths if todo[width]]
+        # Beside an accelerator the host's cores are idle: all widths compile at once. On a CPU they take turns.
+        workers = 1 if jax.default_backend() == "cpu" else max(1, len(left))
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            ahead = {} if workers == 1 else {width: pool.submit(build, lane, width) for width in left}
+            for width in left:
+                progress.compiling(width, None)
+                compiled, seconds = ahead.pop(width).result() if ahead else build(lane, width)
+                progress.compiling(width, seconds)
+                for pack in todo[width]:
+                    if ended.is_set():
+                        return
+                    rows = _run_pack(
+                        compiled,
+                        programs[width],
+                        pack,
+                        hparams,
+                        data,
+                        data_config,
+                        validation,
+                        work[width] // options.steps,
+                        progress,
+                    )
+                    for row in rows:
+                        ledger.append(row | shared)
+
+    if len(lanes) == 1:
+        run_lane(lanes[0])
+        return
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(lanes))) as pool:
+        running = [pool.submit(run_lane, lane) for lane in lanes]
+        try:
+            for done in concurrent.futures.as_completed(running):
+                done.result()
+        finally:
+            # One lane has failed, or the user has had enough: the others end with their packs.
+            ended.set()
 
 
 def _stacked(pack: Sequence[Point], hparams: Mapping[Point, HParams]) -> HParams:

@@ -1,5 +1,6 @@
 """`gdn train`: one model, with checkpoints, validation and a log; stopped anywhere, it goes on from there."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from train import loop
+from train import loop, processes
 from train import mesh as meshes
 from train.checkpoint import Checkpoints
 from train.config import (
@@ -107,8 +107,7 @@ def run_training(
         data_config.batch_size,
         data_config.sequence_length,
     )
-    make_writable(options.out)
-    with only_process(options.out):
+    with contextlib.ExitStack() as held:
         run_identity = identity(model, optimizer, data_config, data, options.steps) | {
             "run": {
                 "width": options.width,
@@ -117,9 +116,15 @@ def run_training(
                 "seed": options.seed,
             }
         }
-        check_identity(options.out, CONFIG_FILE, run_identity)
+        processes.on_first(lambda: _take_folder(options.out, run_identity, held))
         mesh = meshes.build_mesh(shape)
         return _train(options, program, hparams, data, data_config, mesh, run_identity, say)
+
+
+def _take_folder(out: pathlib.Path, run_identity: dict[str, Any], held: contextlib.ExitStack) -> None:
+    make_writable(out)
+    held.enter_context(only_process(out))
+    check_identity(out, CONFIG_FILE, run_identity)
 
 
 def _train(
@@ -134,7 +139,8 @@ def _train(
 ) -> dict[str, Any]:
     compiled = compile_program(program, mesh, packed=False)
     checkpoints = Checkpoints(options.out / "checkpoints")
-    seed = jnp.int32(options.seed)
+    seed = np.int32(options.seed)
+    say = say if processes.first() else lambda text: None
     first = checkpoints.latest_step or 0
     last = options.stop_at or options.steps
     rows = meshes.process_rows(mesh, data_config.batch_size)
@@ -151,7 +157,7 @@ def _train(
         say(f"already at step {first}; nothing to do")
         return _summary(options, data_config, compiled, state, data, write=first == options.steps)
 
-    log = MetricsLog(options.out / METRICS_FILE, keep_until=first)
+    log = MetricsLog(options.out / METRICS_FILE, keep_until=first) if processes.first() else None
     tokens_per_step = data_config.batch_size * data_config.sequence_length
     held_out = validation_batches(data, data_config, rows)
     clock = _Clock(tokens_per_step)
@@ -166,14 +172,16 @@ def _train(
             "learning_rate": float(metrics.learning_rate),
             "tokens_per_second": speed,
         }
-        log.write(row)
+        if log is not None:
+            log.write(row)
         if step == first + 1 or step % max(1, options.steps // 20) == 0:
             say(f"step {step:>6}  loss {float(metrics.loss):.4f}  {speed or 0:,.0f} tokens/s")
 
     def after_step(step: int, state: TrainState) -> None:
         if step % options.validate_every == 0 and step != options.steps:
             loss = float(loop.mean_validation_loss(compiled, state, held_out))
-            log.write({"step": step, "val_loss": _finite(loss)})
+            if log is not None:
+                log.write({"step": step, "val_loss": _finite(loss)})
             say(f"step {step:>6}  validation {loss:.4f}")
         if step % options.checkpoint_every == 0 or step == last:
             checkpoints.save(step, state, loader.get_state(), run_identity)
@@ -194,7 +202,8 @@ def _train(
     summary = _summary(options, data_config, compiled, state, data, write=done)
     if diverged:
         say(f"diverged at step {summary['diverged_at_step']}: lower --learning-rate")
-    log.close()
+    if log is not None:
+        log.close()
     return summary
 
 
@@ -220,7 +229,7 @@ def _summary(
         "code_version": code_version(),
         "devices": len(jax.devices()),
     }
-    if write:
+    if write and processes.first():
         write_atomically(options.out / SUMMARY_FILE, json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return summary
 

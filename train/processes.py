@@ -1,0 +1,65 @@
+"""Several processes that run one program: who speaks, and what all of them must agree on.
+
+They talk through the key-value store of ``jax.distributed``, never through the devices, so a thread may do it while
+the main thread trains. In a single process everything here is free.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+# How long a process waits for another that is still hashing, compiling or reading the corpus.
+_TIMEOUT_MS = 3600 * 1000
+# The same on every process, as all make the same calls in the same order.
+_calls = itertools.count()
+
+
+def first() -> bool:
+    """Whether this process prints, writes the log and owns the folder."""
+    return jax.process_index() == 0
+
+
+def store() -> Any:
+    """The key-value store that the processes share; only where there are several."""
+    # jax has no public name for it; its own multihost_utils and Orbax take it from here.
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("there are several processes, but jax.distributed.initialize was not called.")
+    return client
+
+
+def on_first[T](fn: Callable[[], T]) -> T:
+    """What ``fn`` gives on the first process, on every process; so is its ``ValueError``.
+
+    Call it on all of them, from the main thread. What ``fn`` gives must be JSON-able.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    key = f"gdn/on_first/{next(_calls)}"
+    if first():
+        try:
+            answer = {"value": fn()}
+        except ValueError as error:
+            store().key_value_set(key, json.dumps({"error": str(error)}))
+            raise
+        store().key_value_set(key, json.dumps(answer))
+    answer = json.loads(store().blocking_key_value_get(key, _TIMEOUT_MS))
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["value"]
+
+
+def gather[T](value: T) -> list[T]:
+    """The JSON-able values of all processes, by process; from the main thread of each."""
+    if jax.process_count() == 1:
+        return [value]
+    key = f"gdn/gather/{next(_calls)}"
+    store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [
+        json.loads(store().blocking_key_value_get(f"{key}/{process}", _TIMEOUT_MS))
+        for process in range(jax.process_count())
+    ]
