@@ -68,7 +68,7 @@ def run(program, shape, batches):
     return {
         "losses": losses,
         "exchanges": sorted({f"{x.kind} {'+'.join(x.axes)}" for x in found}),
-        "unplanned": [str(x) for x in collectives.unplanned(found, program.specs, shape.sizes)],
+        "unplanned": [collectives.say(x) for x in collectives.unplanned(found, program.specs, shape.sizes)],
         "parts": gate.size // math.prod(gate.sharding.shard_shape(gate.shape)),
         "largest_in_init": largest_array(init.as_text()),
     }

@@ -190,11 +190,17 @@ PROGRAM = """
   ROOT %g.2 = f32[96,6,8]{2,1,0} all-gather(%i), channel_id=7, replica_groups=GROUPS, attributes={chain_id="0"}
 }
 
+%called (i: f32[48,6,8]) -> f32[96,6,8] {
+  %i = f32[48,6,8]{2,1,0} parameter(0)
+  ROOT %g.3 = f32[96,6,8]{2,1,0} all-gather(%i), channel_id=9, replica_groups=GROUPS
+}, execution_thread="sparsecore"
+
 ENTRY %main (p: f32[4,8,48]) -> f32[4,8,96] {
   %p = f32[4,8,48]{2,1,0} parameter(0)
   %f.1 = f32[96,6,8]{2,1,0} fusion(%p), kind=kCustom, calls=%start
   %f.2 = f32[96,6,8]{2,1,0} fusion(%p), kind=kCustom, calls=%done
   %f.3 = bf16[48,6,8]{2,1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %c.1 = ((), (), (s32[1]{0:T(128)S(2)})) call-start(%p), async_execution_thread="sparsecore", to_apply=%called
   %t = f32[4,8,96]{2,1,0} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%add
   %n = f32[] all-reduce(%p), replica_groups={}, to_apply=%add
   ROOT %a = (f32[4,8,48]{2,1,0}, f32[4,8,96]{2,1,0}) all-gather-start(%p), replica_groups=GROUPS
@@ -205,7 +211,7 @@ ENTRY %main (p: f32[4,8,48]) -> f32[4,8,96] {
 def test_an_activation_that_is_gathered_is_not_planned():
     found = {x.kind: x for x in hlo_text.collectives(PROGRAM)}
     # The fusions that start and end one exchange are one; a summed and sliced array is scattered.
-    assert len(hlo_text.collectives(PROGRAM)) == 5
+    assert len(hlo_text.collectives(PROGRAM)) == 6
     assert found["reduce-scatter"].bytes == 2 * 48 * 6 * 8
     assert found["all-gather"].bytes in (4 * 96 * 6 * 8, 4 * 4 * 8 * 96)
     key = ParamSpec(
@@ -216,7 +222,11 @@ def test_an_activation_that_is_gathered_is_not_planned():
         96,
         (3, 96, 12, 8),
     )
+    # A reader that overlooks exchanges would find nothing wrong.
+    with pytest.raises(ValueError, match=r"nothing was seen to call: g\.3"):
+        hlo_text.collectives(PROGRAM.replace("call-start", "unheard-of"))
     exchanges = collectives.exchanges(PROGRAM, SIZES)
     (wrong,) = collectives.unplanned(exchanges, {"k": key}, SIZES)
     assert wrong.kind == "all-gather"
     assert wrong.collective.arrays == (("f32", 4 * 8 * 96),)
+    assert collectives.say(wrong) == "all-gather along fsdp of 3,072 x f32, from the compiler"

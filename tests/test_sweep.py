@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from train.ledger import Ledger, check_identity, only_process
-from train.sweep import Point, Progress, SweepOptions, packs, parse_rates, plan_points, run_sweep
+from train.sweep import Point, Progress, packs, plan_points, run_sweep
+from train.sweep_options import SweepOptions, parse_rates
 
 ROOT = pathlib.Path(__file__).parents[1]
 

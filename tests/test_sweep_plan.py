@@ -76,7 +76,8 @@ _CHILD = """
 import json, pathlib, sys, threading
 sys.path.insert(0, sys.argv[2])
 import jax, tiny
-from train.sweep import Progress, SweepOptions, run_sweep
+from train.sweep import Progress, run_sweep
+from train.sweep_options import SweepOptions
 folder = pathlib.Path(sys.argv[1])
 events = []
 class Seen(Progress):

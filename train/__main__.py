@@ -20,7 +20,7 @@ from train.coord_run import CoordOptions
 from train.data import DataConfig
 from train.mesh import MeshOptions
 from train.show_rules import ShowRulesOptions
-from train.sweep import SweepOptions
+from train.sweep_options import SweepOptions
 from train.train_run import TrainOptions
 
 

@@ -206,7 +206,9 @@ def _work(job: Job) -> dict[str, Any]:
         "used_gib": round(memory.peak_memory_in_bytes / GIB, 3),
         "memory_gib": {name: round(size / GIB, 3) for name, size in parts.items()},
         "exchanges": collectives.totals(found),
-        "unplanned": [str(x) for x in collectives.unplanned(found, program.specs, job.shape.sizes)],
+        "unplanned": [
+            collectives.say(x) for x in collectives.unplanned(found, program.specs, job.shape.sizes)
+        ],
     }
 
 

@@ -27,6 +27,8 @@ class Exchange(NamedTuple):
 
     kind: str
     axes: tuple[str, ...]
+    # Along these axes.
+    devices: int
     collective: hlo_text.Collective
 
 
@@ -37,16 +39,25 @@ def exchanges(compiled_text: str, sizes: Mapping[str, int]) -> list[Exchange]:
         compiled_text: ``compiled.as_text()``.
         sizes: mesh axis to devices, in the order of the mesh.
     """
-    found = [
-        Exchange(c.kind, axes_of_groups(c.groups, sizes), c) for c in hlo_text.collectives(compiled_text)
-    ]
-    return [exchange for exchange in found if exchange.axes]
+    found = []
+    for collective in hlo_text.collectives(compiled_text):
+        if axes := axes_of_groups(collective.groups, sizes):
+            devices = math.prod(sizes[name] for name in axes)
+            found.append(Exchange(collective.kind, axes, devices, collective))
+    return found
+
+
+def say(exchange: Exchange) -> str:
+    """A line for a reader."""
+    arrays = ", ".join(f"{count:,} x {dtype}" for dtype, count in exchange.collective.arrays[:4])
+    origin = exchange.collective.origin or "the compiler"
+    return f"{exchange.kind} along {'+'.join(exchange.axes)} of {arrays}, from {origin}"
 
 
 def totals(found: Sequence[Exchange]) -> list[dict[str, Any]]:
     """Calls and bytes of the result on one device, by kind and mesh axes; the most bytes first. JSON-able."""
     rows: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
-    for kind, axes, collective in found:
+    for kind, axes, _, collective in found:
         row = rows.setdefault((kind, axes), {"kind": kind, "axes": list(axes), "calls": 0, "bytes": 0})
         row["calls"] += collective.calls
         row["bytes"] += collective.bytes * collective.calls
@@ -140,6 +151,11 @@ def _is_planned(exchange: Exchange, gathered: set[int], whole: set[int]) -> bool
         case "all-gather":
             # Along a sequence: which document each part ends with.
             return axes == {SEQUENCE} and all(dtype.startswith("s") for dtype, _ in arrays)
+        case "collective-permute" if axes == {FSDP}:
+            # The TPU compiler scatters several gradients as one array at times, then shifts the parts into place:
+            # its own doing, so of no operation of ours.
+            part = max(gathered) // exchange.devices
+            return not exchange.collective.origin and all(count <= part for _, count in arrays)
         case "collective-permute":
             return axes == {SEQUENCE}
     return False

@@ -5,7 +5,11 @@ import re
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
+# Tuples of tuples of arrays, whose layouts have parentheses of their own.
+_TUPLE = r"\([^()]*\)"
+for _ in range(3):
+    _TUPLE = rf"\((?:[^()]|{_TUPLE})*\)"
+_INSTRUCTION = re.compile(rf"^\s+(ROOT )?%?([\w.<>-]+) = ({_TUPLE}|\S+) ([\w-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.<>-]+)")
@@ -254,25 +258,22 @@ def collectives(compiled_text: str) -> list[Collective]:
     """The exchanges between devices of a compiled program, the largest total (bytes × calls) first.
 
     Raises:
-        ValueError: not the text of a compiled program.
+        ValueError: not the text of a compiled program, or one with exchanges where this reader does not look.
     """
     executed, _, computations = _executed(compiled_text)
-    found, chains = [], set()
+    found, chains, looked_at = [], set(), set()
     for instruction, calls in executed:
-        inside = [instruction]
-        if instruction.opcode in ("fusion", "async-start"):
-            inside = [x for name in _called(instruction) for x in computations.get(name, ())]
-        for part in inside:
-            kind = part.opcode.removesuffix("-start")
-            if kind not in _COLLECTIVES:
+        for around, part in _with_bodies(instruction, computations):
+            if (kind := _collective_kind(part)) is None:
                 continue
+            looked_at.add(part.name)
             if chain := _CHAIN.search(part.rest):
                 if chain.groups() in chains:
                     continue
                 chains.add(chain.groups())
             result = part
-            if kind == "all-reduce" and any("all-reduce-scatter" in name for name in _called(instruction)):
-                kind, result = "reduce-scatter", instruction
+            if kind == "all-reduce" and any("all-reduce-scatter" in name for name in _called(around)):
+                kind, result = "reduce-scatter", around
             arrays = tuple(
                 (dtype, math.prod(int(dim) for dim in dims.split(",") if dim))
                 for dtype, dims in _ARRAY.findall(result.shape)
@@ -288,7 +289,29 @@ def collectives(compiled_text: str) -> list[Collective]:
                     kind, groups[1] if groups else "{}", arrays, size, calls, origin[1] if origin else ""
                 )
             )
+    everywhere = {x.name for body in computations.values() for x in body if _collective_kind(x)}
+    if missed := sorted(everywhere - looked_at):
+        raise ValueError(f"exchanges in computations that nothing was seen to call: {', '.join(missed[:4])}.")
     return sorted(found, key=lambda x: -x.bytes * x.calls)
+
+
+def _collective_kind(instruction: Instruction) -> str | None:
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in _COLLECTIVES else None
+
+
+def _with_bodies(
+    instruction: Instruction, computations: dict[str, list[Instruction]]
+) -> list[tuple[Instruction, Instruction]]:
+    """The instruction, or what it hides: (fusion or call around it, instruction). A TPU's SparseCores are called."""
+    if instruction.opcode not in ("fusion", "async-start", "call-start"):
+        return [(instruction, instruction)]
+    pairs = []
+    for name in _called(instruction):
+        for part in computations.get(name, ()):
+            inner = _with_bodies(part, computations)
+            pairs += [(instruction if around is part else around, x) for around, x in inner]
+    return pairs
 
 
 def moved_bytes(compiled_text: str, at_least: int) -> list[Moved]:
