@@ -47,7 +47,7 @@ demo: install
 test: install tpu-compiler
 	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal
 
-slow: install
+slow: install tpu-compiler
 	@$(PYTEST) -m slow
 
 lint: install
