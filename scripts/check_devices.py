@@ -28,7 +28,7 @@ from train.step import Program, compile_program
 
 TOLERANCE = 1e-5
 # Low: Adam turns the rounding of a gradient that is nearly 0 into a whole step.
-RATE = 2**-11
+RATE = 2**-12
 LEAST = {"data": 0.92, "sweep": 0.97}
 # As many ids as bytes have, rounded up so that a tensor axis splits them as well.
 VOCAB = 264

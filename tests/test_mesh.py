@@ -30,11 +30,12 @@ ALONE = (
 def measure(folder, steps, names):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "mesh_cases.py"), str(folder), str(steps), "", *names],
-        # Level 0: the programs are tiny, and compiling them takes most of the time.
+        # Level 1: the programs are tiny, and compiling them takes most of the time. At level 0 sums are taken one
+        # by one, which makes 1e-5 of a loss on one device.
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
         },
         capture_output=True,
         text=True,
@@ -49,11 +50,15 @@ def assert_agrees(measured, name, tolerance):
     losses, expected = np.asarray(result["losses"]), np.asarray(alone["losses"])
     if losses.ndim == 2:
         # Point 0 is the run of one device; the others have seeds and learning rates of their own.
-        assert not np.allclose(losses[:, 1], expected, atol=1e-3)
+        assert not np.allclose(losses[:, 1], expected, atol=1e-4)
         losses = losses[:, 0]
-    error = np.abs(losses - expected).max()
-    print(f"{name}: {error:.1e} after {len(expected)} steps; {result['exchanges']}")
-    assert error <= tolerance
+    errors = np.abs(losses - expected)
+    print(
+        f"{name}: {errors[:10].max():.1e} after 10 steps, {errors.max():.1e} after {len(errors)}; "
+        f"{result['exchanges']}"
+    )
+    assert errors[:10].max() <= 1e-5
+    assert errors.max() <= tolerance
     assert not result["unplanned"]
 
 
