@@ -160,13 +160,17 @@ def _number(value: Any) -> Any:
 class CoordinateLog:
     """Rows of what `measurement` returns, as a training run goes on."""
 
-    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog) -> None:
+    def __init__(self, measure: Callable[[TrainState], dict[str, Any]], log: MetricsLog | None) -> None:
+        # Every process measures, since the state may lie on the devices of all; one of them has the log.
         self._measure, self._log = measure, log
 
     def write(self, step: int, state: TrainState) -> None:
         """Measures a state and adds its row."""
-        self._log.write({"step": step, **self._measure(state)})
+        row = self._measure(state)
+        if self._log is not None:
+            self._log.write({"step": step, **row})
 
     def close(self) -> None:
         """Closes the file."""
-        self._log.close()
+        if self._log is not None:
+            self._log.close()

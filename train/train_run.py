@@ -244,16 +244,20 @@ class _Run:
         if position is not None:
             loader.set_state(position)
         held_out = validation_batches(self.data, self.data_config)
-        log = MetricsLog(options.out / METRICS_FILE, keep_until=first) if processes.first() else None
+
+        def open_log(name: str) -> MetricsLog | None:
+            return MetricsLog(options.out / name, keep_until=first) if processes.first() else None
+
+        log = open_log(METRICS_FILE)
         if log is not None:
             checkpoints.scores.update(log.val_losses)
         tokens_per_step = self.data_config.batch_size * self.data_config.sequence_length
         clock = Clock(tokens_per_step)
         flops, peak = train_flops_per_token(self.program.config), peak_flops(jax.devices()[0])
         coordinates = None
-        if options.coordinates_every and processes.first():
+        if options.coordinates_every:
             measure = measurement(self.program, options.seed, self.hparams, held_out[0])
-            coordinates = CoordinateLog(measure, MetricsLog(options.out / COORDINATES_FILE, keep_until=first))
+            coordinates = CoordinateLog(measure, open_log(COORDINATES_FILE))
         profile = Profile(options.profile_steps, options.out / "profile")
 
         def write(row: dict[str, Any]) -> None:

@@ -251,6 +251,11 @@ def _gpu_run(
     options: Options, operands: Operands, valid: Array | None, reset: Array | None, *, save_states: bool
 ) -> tuple[tuple[Array, Array], Any]:
     assert options.scale is not None
+    if options.inverse_precision is not None:
+        raise NotImplementedError(
+            "implementation='mosaic_gpu' inverts in float16, whatever inverse_precision is; got "
+            f"{options.inverse_precision!r}. Leave it away, or use 'chunked'."
+        )
     core = _kernel_core(options, operands, valid, reset, prepare=True)
     plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
     o, final_state, saved = mosaic_gpu.forward(plan, *core[:-1], core.initial_state, save_states=save_states)

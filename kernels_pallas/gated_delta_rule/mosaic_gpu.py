@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel as kernels
 from kernels_pallas.gated_delta_rule import tiling
+from kernels_pallas.gated_delta_rule.batching import folding_vmap
 from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, SHARES, Plan
 
 _DTYPES = (jnp.bfloat16,)
@@ -119,7 +120,6 @@ def _launch(
     """
     where = [0] * len(outputs) if batch_axis is None else list(batch_axis)
 
-    @jax.custom_batching.custom_vmap
     def call(*arrays: Array) -> list[Array]:
         batch = arrays[0].shape[0]
         shapes = [
@@ -142,20 +142,7 @@ def _launch(
         varying = tuple(jax.typeof(arrays[0]).manual_axis_type.varying)
         return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*arrays)]
 
-    @call.def_vmap
-    def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[list[Array], list[bool]]:
-        whole = [
-            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, is_batched in zip(arrays, batched, strict=True)
-        ]
-        results = call(*(x.reshape(-1, *x.shape[2:]) for x in whole))
-        apart = [
-            jnp.moveaxis(x.reshape(*x.shape[:at], size, -1, *x.shape[at + 1 :]), at, 0)
-            for x, at in zip(results, where, strict=True)
-        ]
-        return apart, [True] * len(apart)
-
-    return call(*inputs)
+    return folding_vmap(call, where)(*inputs)
 
 
 def forward(
@@ -278,7 +265,7 @@ def backward(
 
 
 def _gate_gradients(plan: Plan, shares: Array, root: Array, length: int) -> tuple[Array, Array]:
-    """d log α and dβ, (B, T, G) float32, eq. (15) by row and column sums of one M.
+    """d log α by eq. (26) and dβ by eq. (25), (B, T, G) float32.
 
     Args:
         plan: of the launch.

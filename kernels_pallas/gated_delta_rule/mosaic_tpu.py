@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.gated_delta_rule import tiling
+from kernels_pallas.gated_delta_rule.batching import folding_vmap
 from kernels_pallas.gated_delta_rule.mosaic_tpu_kernel import TILE, Plan, backward_kernel, forward_kernel
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -221,7 +222,6 @@ class _Launch:
     ) -> list[Array]:
         """Runs a kernel; outputs are (shape without the batch, dtype, blocks). `vmap` lengthens the batch."""
 
-        @jax.custom_batching.custom_vmap
         def call(*arrays: Array) -> list[Array]:
             batch = arrays[0].shape[0]
             varying = jax.typeof(arrays[0]).manual_axis_type
@@ -242,16 +242,7 @@ class _Launch:
             )(*arrays)
             return list(results)
 
-        @call.def_vmap
-        def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[list[Array], list[bool]]:
-            whole = [
-                x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-                for x, is_batched in zip(arrays, batched, strict=True)
-            ]
-            results = call(*(x.reshape(-1, *x.shape[2:]) for x in whole))
-            return [x.reshape(size, -1, *x.shape[1:]) for x in results], [True] * len(results)
-
-        return call(*(x for x, _ in inputs))
+        return folding_vmap(call, [0] * len(outputs))(*(x for x, _ in inputs))
 
 
 def forward(
