@@ -364,12 +364,13 @@ def choose(implementation: str | None, operands: Operands) -> str:
         if why_not := kernels.refusal(q, k, v):
             raise NotImplementedError(f"implementation={implementation!r}: {why_not}. Use None or 'chunked'.")
         return implementation
-    # Interpreted kernels must be named, since they are slow, and so must those for GPUs, which are not proven yet.
-    if mosaic_tpu.runs_here():
-        why_not = mosaic_tpu.refusal(q, k, v)
-        chosen = "chunked" if why_not else "mosaic_tpu"
-        _log_choice(chosen, f"mosaic_tpu: {why_not}" if why_not else "this is a TPU")
-        return chosen
+    # Interpreted kernels must be named, since they are slow.
+    for name, (kernels, made_for, _) in _KERNELS.items():
+        if kernels.runs_here():
+            why_not = kernels.refusal(q, k, v)
+            chosen = "chunked" if why_not else name
+            _log_choice(chosen, f"{name}: {why_not}" if why_not else f"these are {made_for}")
+            return chosen
     _log_choice("chunked", "the fastest form that runs on every platform")
     return "chunked"
 
