@@ -22,27 +22,29 @@ REFERENCE = functools.partial(gated_delta_rule, implementation="reference")
 CHUNKED = functools.partial(gated_delta_rule, implementation="chunked")
 
 
-def absolute_terms(x, expected):
-    """Norms of the gate gradients' terms, each by its absolute value: what their rounding is a share of.
+def floors_of(x, expected):
+    """What a result's error may be a share of beside its norm, by name.
 
-    By eq. (26) d log α sums products of q with dq and of k with dk, which all but cancel where a token forgets.
+    Entries are about 1, so each has a floor of 1e-5 (β = 0 is taken for 2^−24). By eq. (26) d log α sums products of q
+    with dq and of k with dk, which all but cancel where a token forgets: the norm of their absolute values.
     """
     q, k, dq, dk = (
         np.abs(np.asarray(y, np.float64)) for y in (x["q"], x["k"], expected["dq"], expected["dk"])
     )
-    return {"dlog_decay": np.linalg.norm(np.sum(q * dq + k * dk, axis=-1))}
+    floors = {name: 1e-5 * np.sqrt(np.size(y)) for name, y in expected.items()}
+    floors["dlog_decay"] += np.linalg.norm(np.sum(q * dq + k * dk, axis=-1))
+    return floors
 
 
 def errors(x, actual, expected):
-    """‖actual − expected‖ / (‖expected‖ + ‖its absolute terms‖) by name."""
-    floors = absolute_terms(x, expected)
+    """‖actual − expected‖ / (‖expected‖ + its floor) by name."""
+    floors = floors_of(x, expected)
     found = {}
     for name, value in actual.items():
         value, wanted = (np.asarray(y, np.float64) for y in (value, expected[name]))
         assert np.all(np.isfinite(value)), name
-        size = np.linalg.norm(wanted) + floors.get(name, 0.0)
-        # What must vanish, must vanish to the last bit.
-        found[name] = np.linalg.norm(value - wanted) / max(size, np.finfo(np.float64).tiny)
+        size = np.linalg.norm(wanted) + floors[name]
+        found[name] = np.linalg.norm(value - wanted) / size
     return found
 
 
