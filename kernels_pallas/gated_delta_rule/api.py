@@ -72,7 +72,7 @@ def gated_delta_rule(
             in the order of the axis. `initial_state` and the final state are then the same on every device.
         inverse_precision: matmul precision of the triangular inverse; None is full float32, but in the TPU kernels
             one bfloat16 pass for bfloat16 inputs. The GPU kernels have float16 passes and refuse any other.
-        implementation: "chunked", "reference", "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs; experimental), or
+        implementation: "chunked", "reference", "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs, bfloat16), or
             None for the best that can.
 
     Returns:
