@@ -108,6 +108,10 @@ WRONG = [
         "Valid: one device.",
     ),
     ("train --out {0}/o --mesh.data 2 --mesh.sequence 2", "= 4. Valid: one device."),
+    ("train --out {0}/o --mesh.pipeline 2", "--mesh.pipeline"),
+    ("train --out {0}/o --log-to csv", "invalid choice 'csv' for argument '--log-to'"),
+    ("train --out {0}/o --log-to wandb wandb", "--log-to must name each once; got wandb wandb."),
+    ("train --out {0}/o --data.corpus {0}/missing.parquet", "missing.parquet', which does not exist"),
     ("compile", "--topology STR"),
     ("compile --topology v5e:16x16", "needs --size or --width, and not both"),
     ("compile --topology v5e:16x16 --size 7b --width 64", "needs --size or --width, and not both"),
@@ -161,7 +165,7 @@ def test_wrong_input(folder, line, message, monkeypatch):
     assert text.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["", "train", "sweep", "report", "coord-check", "show-rules"])
+@pytest.mark.parametrize("command", ["", "train", "sweep", "report", "coord-check", "show-rules", "compile"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PLATFORM = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
-def run(folder, command, processes, devices, *words):
-    """stdout of each process; every one has `devices` of its own."""
+def start(folder, command, processes, devices, *words):
+    """The processes, and where each writes; every one has `devices` of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -42,6 +44,12 @@ def run(folder, command, processes, devices, *words):
         with output.with_suffix(".out").open("w") as out, output.with_suffix(".err").open("w") as err:
             named = {"JAX_PROCESS_ID": str(index)} if processes > 1 else {}
             started.append(subprocess.Popen(line, env=environment | named, stdout=out, stderr=err))
+    return started, outputs
+
+
+def run(folder, command, processes, devices, *words):
+    """stdout of each process."""
+    started, outputs = start(folder, command, processes, devices, *words)
     codes = [process.wait(timeout=500) for process in started]
     assert not any(codes), "".join(output.with_suffix(".err").read_text() for output in outputs)
     printed = [output.with_suffix(".out").read_text() for output in outputs]
@@ -99,6 +107,52 @@ def test_a_sweep_of_two_processes(tmp_path):
         rows.append(found)
     assert rows[0].keys() == rows[1].keys()
     assert all(abs(rows[0][key] - rows[1][key]) <= 1e-6 for key in rows[0])
+
+
+def _wait(condition, started):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.01)
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_of_two_processes_is_told_to_stop(tmp_path, told):
+    """All stop at the same step of a run, and after the next step of a sweep; nothing is lost."""
+    path, steps = tmp_path / "run/metrics.jsonl", ["--width", "16", "--steps", "3000"]
+    started, outputs = start(tmp_path, "train", 2, 1, *steps, "--out", str(tmp_path / "run"))
+    _wait(lambda: len(_rows(path)) > 20, started)
+    started[told].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in started] == [128 + signal.SIGTERM] * 2
+    printed = outputs[0].with_suffix(".out").read_text()
+    last = _rows(path)[-1]["step"]
+    assert f"stopped by SIGTERM; the checkpoint of step {last} is kept" in printed
+
+    grid = ["--widths", "8", "16", "--learning-rates", "2^-6..2^-5", "--presets", "mup", "--steps", "60"]
+    started, _ = start(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "sweep"))
+    rows = tmp_path / "sweep/rows.jsonl"
+    _wait(lambda: len(_rows(rows)) > 0, started)
+    started[told].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in started] == [128 + signal.SIGTERM] * 2
+    assert len(_rows(rows)) < 6
+    assert list((tmp_path / "sweep/stopped").glob("*.npz"))
+    run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "sweep"))
+    run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "whole"))
+    found, expected = (
+        {
+            (row["width"], row["learning_rate"]): row["val_loss"]
+            for row in _rows(tmp_path / out / "rows.jsonl")
+        }
+        for out in ("sweep", "whole")
+    )
+    assert found == expected
+    assert not list((tmp_path / "sweep/stopped").glob("*"))
 
 
 def test_processes_read_their_rows_and_no_others(tmp_path):

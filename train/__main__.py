@@ -21,7 +21,7 @@ from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
 from train.faults import RunFailedError
-from train.interrupts import Stopped, left_behind
+from train.interrupts import Stopped, leave
 from train.mesh import MeshOptions
 from train.show_rules import ShowRulesOptions
 from train.sweep_options import SweepOptions
@@ -121,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"gdn: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
         code = 128 + stopped.number
-        if left_behind():
-            # The usual end of the interpreter would crash into the compiler's thread.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        leave(code)
     except KeyboardInterrupt:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130

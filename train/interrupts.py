@@ -6,8 +6,11 @@ a thread that is left behind when the run stops.
 
 import concurrent.futures
 import contextlib
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -154,6 +157,33 @@ def _agreed() -> tuple[int, int] | None:
     return int(tick), int(number)
 
 
+def leave(code: int) -> None:
+    """Ends a process that was stopped; returns where the interpreter may come to its usual end.
+
+    Where a compilation still runs, that end would crash into the compiler's thread. Where there are several processes,
+    it would wait for those that compile; so all leave, the first as the last: it keeps what they talk through.
+    """
+    several = jax.distributed.is_initialized()
+    if several:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if processes.first():
+                deadline = time.monotonic() + _LEAVE_S
+                for other in range(1, jax.process_count()):
+                    left_ms = max(1, round(1000 * (deadline - time.monotonic())))
+                    processes.store().blocking_key_value_get(f"{_LEFT}/{other}", left_ms)
+            else:
+                processes.store().key_value_set(f"{_LEFT}/{jax.process_index()}", "1")
+    if several or left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+_LEFT = "gdn/left"
+# Within the grace period of any scheduler, also after a save.
+_LEAVE_S = 10.0
+
+
 def left_behind() -> bool:
-    """Whether a compilation still runs: then the interpreter must be left without its usual end."""
+    """Whether a compilation still runs."""
     return any(thread.name.startswith(COMPILE_THREAD) for thread in threading.enumerate())
