@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import campaign_runs
 import jax
 import pytest
 import tiny
@@ -132,3 +135,35 @@ def test_widths_on_sub_meshes_at_once_give_the_rows_of_one_device(tmp_path, devi
         for key in row.keys() - {"seconds", "val_loss"}:
             assert row[key] == other[key], key
         assert other["val_loss"] == pytest.approx(row["val_loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_lanes_that_are_told_to_stop_keep_their_packs(tmp_path):
+    """Two widths at the same time on two devices each; the same rows as without the signal."""
+    campaign_runs.data_words(tmp_path)
+    environment = campaign_runs.environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    rows = []
+    for out, told in (("whole", False), ("stopped", True)):
+        words = [
+            sys.executable, "-m", "train", "sweep", "--out", str(tmp_path / out), "--widths", "8", "16",
+            "--presets", "mup", "--learning-rates", "2^-5..2^-4.5", "--steps", "2000", "--model.layers", "1",
+            "--model.base-width", "8", "--model.key-dim", "8", "--model.value-dim", "8",
+            *campaign_runs.data_words(tmp_path),
+        ]  # fmt: skip
+        if told:
+            process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            # Both widths: each has a thread of its own.
+            for _ in range(2):
+                while "compiled in" not in process.stdout.readline():
+                    assert process.poll() is None
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+            assert process.returncode == 128 + signal.SIGTERM
+            assert len(list((tmp_path / out / "stopped").glob("*.npz"))) == 2
+        subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+        found = [json.loads(line) for line in (tmp_path / out / "rows.jsonl").read_text().splitlines()]
+        rows.append(sorted([row["width"], row["learning_rate"], row["val_loss"]] for row in found))
+    assert len(rows[0]) == 4
+    assert rows[0] == rows[1]
