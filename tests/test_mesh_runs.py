@@ -25,6 +25,8 @@ def run(folder, processes, devices, **given):
     # Level 1, as in test_mesh.py.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # As in test_mesh.py.
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if processes > 1:
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     line = [sys.executable, str(ROOT / "tests/mesh_runs.py"), str(folder), json.dumps(given)]
