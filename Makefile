@@ -51,7 +51,7 @@ results: install
 test: install tpu-compiler
 	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal
 
-slow: install
+slow: install tpu-compiler
 	@$(PYTEST) -m slow
 
 lint: install

@@ -16,6 +16,7 @@ from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import Rules, init_scale, param_rule
 from gdn_jax.mup.spec import ParamSpec, Role
 from gdn_jax.params import make_param
+from gdn_jax.sharding import over_time, parameter
 
 # Parameters that one layer draws keys for; the mixer has 14.
 _MAX_PARAMS = 16
@@ -94,7 +95,7 @@ class Projection(nnx.Module):
         leading = x.shape[: x.ndim - self.num_in]
         in_shape, out_shape = self.kernel.shape[: self.num_in], self.kernel.shape[self.num_in :]
         # Two axes, whatever they are called: TPUs would lay out (T, heads, dim) otherwise, and copy.
-        kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(in_shape), math.prod(out_shape))
+        kernel = parameter(self.kernel, x.dtype).reshape(math.prod(in_shape), math.prod(out_shape))
         y = jnp.matmul(
             x.reshape(*leading, math.prod(in_shape)), kernel, preferred_element_type=out_dtype or x.dtype
         )
@@ -136,7 +137,7 @@ class RMSNorm(nnx.Module):
     def _normalise(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        gain = jnp.expand_dims(self.gain[...], tuple(range(x.ndim - 1)))
+        gain = jnp.expand_dims(parameter(self.gain), tuple(range(x.ndim - 1)))
         return (wide * scale * gain).astype(x.dtype)
 
 
@@ -152,6 +153,8 @@ class ShortConv(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         tail: Float[Array, "B taps heads dim"] | None = None,
         tail_segments: Int[Array, "B taps"] | None = None,
+        *,
+        sequence_axis: str | None = None,
     ) -> Float[Array, "B T heads dim"]:
         """``y_t = SiLU(sum_j kernel[j] x[t - (J-1) + j])`` in the dtype of ``x``.
 
@@ -160,28 +163,60 @@ class ShortConv(nnx.Module):
             segment_ids: document of each position; taps of another document count as zero.
             tail: the ``J - 1`` inputs before ``x``; zeros by default.
             tail_segments: their documents; needed with both ``tail`` and ``segment_ids``.
+            sequence_axis: a manual mesh axis that T is split over; the tail comes from the device before.
+
+        Raises:
+            ValueError: ``sequence_axis`` that is not manual here, or parts that are too short for the halo.
         """
-        taps, heads, dim = self.kernel.shape
-        kernel = self.kernel[...].astype(x.dtype).reshape(taps, heads * dim)
-        length = x.shape[1]
-        # Channels in one axis, as a projection writes and a kernel reads them: TPUs lay (T, heads, dim) out otherwise.
-        x = x.reshape(*x.shape[:2], heads * dim)
-        if tail is None:
-            padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
-        else:
-            tail = tail.astype(x.dtype).reshape(*tail.shape[:2], heads * dim)
-            padded = jnp.concatenate([tail, x], axis=1)
-        if segment_ids is not None and tail_segments is None:
-            tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
-        total = x * kernel[None, None, taps - 1]
-        for j in range(taps - 1):
-            shifted = padded[:, j : j + length]
-            if segment_ids is not None and tail_segments is not None:
-                segments = jnp.concatenate([tail_segments, segment_ids], axis=1)
-                same = segments[:, j : j + length] == segment_ids
-                shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
-            total = total + shifted * kernel[None, None, j]
-        return jax.nn.silu(total).reshape(*x.shape[:2], heads, dim)
+        kernel = self.kernel[...].astype(x.dtype)
+        if tail is not None:
+            return _short_conv(kernel, x, segment_ids, tail, tail_segments)
+        if sequence_axis is not None:
+            return _short_conv_of_part(kernel, x, segment_ids, sequence_axis)
+        return over_time(_short_conv_of_part, kernel, x, segment_ids)
+
+
+def _short_conv_of_part(
+    kernel: Float[Array, "taps heads dim"],
+    x: Float[Array, "B T heads dim"],
+    segment_ids: Int[Array, "B T"] | None,
+    axis: str | None,
+) -> Float[Array, "B T heads dim"]:
+    if axis is None:
+        return _short_conv(kernel, x, segment_ids, None, None)
+    before = kernel.shape[0] - 1
+    tail_segments = None if segment_ids is None else left_halo(segment_ids, before, axis)
+    return _short_conv(kernel, x, segment_ids, left_halo(x, before, axis), tail_segments)
+
+
+def _short_conv(
+    kernel: Float[Array, "taps heads dim"],
+    x: Float[Array, "B T heads dim"],
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B before heads dim"] | None,
+    tail_segments: Int[Array, "B before"] | None,
+) -> Float[Array, "B T heads dim"]:
+    taps, heads, dim = kernel.shape
+    kernel = kernel.reshape(taps, heads * dim)
+    length = x.shape[1]
+    # Channels in one axis, as a projection writes and a kernel reads them: TPUs lay (T, heads, dim) out otherwise.
+    x = x.reshape(*x.shape[:2], heads * dim)
+    if tail is None:
+        padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
+    else:
+        tail = tail.astype(x.dtype).reshape(*tail.shape[:2], heads * dim)
+        padded = jnp.concatenate([tail, x], axis=1)
+    if segment_ids is not None and tail_segments is None:
+        tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
+    total = x * kernel[None, None, taps - 1]
+    for j in range(taps - 1):
+        shifted = padded[:, j : j + length]
+        if segment_ids is not None and tail_segments is not None:
+            segments = jnp.concatenate([tail_segments, segment_ids], axis=1)
+            same = segments[:, j : j + length] == segment_ids
+            shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
+        total = total + shifted * kernel[None, None, j]
+    return jax.nn.silu(total).reshape(*x.shape[:2], heads, dim)
 
 
 def left_halo(x: Shaped[Array, "B T ..."], taps: int, axis: str) -> Shaped[Array, "B taps ..."]:

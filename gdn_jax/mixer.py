@@ -17,7 +17,6 @@ from gdn_jax.layers import (
     ShortConv,
     decay_rate_log,
     keep_layout,
-    left_halo,
     time_step_bias,
 )
 from gdn_jax.mup import axes as ax
@@ -95,16 +94,9 @@ class GatedDeltaNet(nnx.Module):
             ValueError: ``sequence_axis`` that is not manual here, or parts that are too short for the halo.
         """
         x = tap("mixer_input", x)
-        raw = self.q(x), self.k(x), self.v(x)
-        tails, tail_segments = (None, None, None), None
-        if sequence_axis is not None:
-            taps = self.config.conv_size - 1
-            tails = tuple(left_halo(y, taps, sequence_axis) for y in raw)
-            if segment_ids is not None:
-                tail_segments = left_halo(segment_ids, taps, sequence_axis)
         q, k, v = (
-            conv(y, segment_ids, tail, tail_segments)
-            for conv, y, tail in zip((self.conv_q, self.conv_k, self.conv_v), raw, tails, strict=True)
+            conv(projection(x), segment_ids, sequence_axis=sequence_axis)
+            for projection, conv in ((self.q, self.conv_q), (self.k, self.conv_k), (self.v, self.conv_v))
         )
         return self._attend(x, q, k, v, segment_ids, None, tap, sequence_axis)[0]
 

@@ -15,6 +15,7 @@ from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import Rules, resolve_rules
 from gdn_jax.mup.spec import Role
 from gdn_jax.params import param_specs, stack_layers
+from gdn_jax.sharding import BATCH, TIME, constrain, lookup, parameter
 
 
 class Multiplier(nnx.Variable):
@@ -44,8 +45,9 @@ class Block(nnx.Module):
         """``x [B, T, D]`` to the same shape and dtype; arguments as :class:`GatedDeltaNet`."""
         scale = jnp.asarray(residual_multiplier, x.dtype)
         x = x + scale * self.mixer(self.mixer_norm(x), segment_ids=segment_ids, tap=tap)
+        x = constrain(x, BATCH, TIME, ax.EMBED)
         x = x + scale * self.mlp(self.mlp_norm(x), tap=tap)
-        return tap("residual", x)
+        return tap("residual", constrain(x, BATCH, TIME, ax.EMBED))
 
 
 class GDNLanguageModel(nnx.Module):
@@ -145,13 +147,15 @@ class GDNLanguageModel(nnx.Module):
             )
             return x, seen
 
-        embedded = self.embedding[...].astype(dtype)[tokens]
+        embedded = constrain(lookup(self.embedding, tokens, dtype), BATCH, TIME, ax.EMBED)
         body = _rematerialised(block, config.remat)
         x, seen = jax.lax.scan(body, embedded, (layers, perturbations))
         normed = self.final_norm(x)
-        kernel = self.embedding[...].T if self.readout is None else self.readout[...]
-        logits = jnp.einsum("btd,dv->btv", normed, kernel.astype(dtype), preferred_element_type=jnp.float32)
-        logits = logits * self.logits_multiplier[...]
+        kernel = (
+            parameter(self.embedding, dtype).T if self.readout is None else parameter(self.readout, dtype)
+        )
+        logits = jnp.einsum("btd,dv->btv", normed, kernel, preferred_element_type=jnp.float32)
+        logits = constrain(logits * self.logits_multiplier[...], BATCH, TIME, ax.VOCAB)
         if perturbations is not None:
             outer = {"embedding": embedded, "final_norm": normed, "logits": logits}
             seen |= {name: summary(value) for name, value in outer.items()}

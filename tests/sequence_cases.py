@@ -327,7 +327,7 @@ def without(cut, case):
             "last_id_before",
             lambda ids, axis: 0 * ids[:, 0],
         ),
-        "halo": ("gdn_jax.mixer", "left_halo", lambda x, taps, axis: 0 * x[:, :taps]),
+        "halo": ("gdn_jax.layers", "left_halo", lambda x, taps, axis: 0 * x[:, :taps]),
     }[cut]
 
     def run():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train import manifest
-from train.checkpoint import Checkpoints, abstract_like
+from train.checkpoint import Checkpoints
 from train.ledger import fingerprint
 from train.step import TrainState
 
@@ -22,7 +22,8 @@ def _state(step):
 
 
 def _like():
-    return abstract_like(_state(1), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), _state(1))
 
 
 def _saved(folder, *steps, **options):

@@ -89,7 +89,7 @@ WRONG = [
     ("train --out {0}/o --nan-policy ignore", "invalid choice 'ignore' for argument '--nan-policy'"),
     (
         "train --out {0}/o --accumulate 3",
-        "--data.batch-size must be a multiple of the 1 devices there are, times",
+        "--data.batch-size must be a multiple of the 1 devices along data and fsdp, times --accumulate 3, as ",
     ),
     ("train --out {0}/o --accumulate 0", "--accumulate must be positive; got 0."),
     ("train --out {0}/o --profile-steps 7", "--profile-steps must be FIRST..LAST, such as 10..12; got '7'."),
@@ -100,6 +100,31 @@ WRONG = [
     ("train --out {0}/run", "or --allow-changes to go on with these"),
     ("train --out {0}/damaged", "choose another --out"),
     ("train --out {0}/file", "--out must be a folder that can be written"),
+    ("train --out {0}/o --mesh.fsdp 0", "--mesh.fsdp must be positive; got 0."),
+    ("train --out {0}/o --mesh.fsdp two", "invalid literal for int() with base 10: 'two'"),
+    (
+        "train --out {0}/o --mesh.tensor 3",
+        "--mesh axes must multiply to the 1 devices there are; got data 1 x fsdp 1 x sequence 1 x tensor 3 = 3. "
+        "Valid: one device.",
+    ),
+    ("train --out {0}/o --mesh.data 2 --mesh.sequence 2", "= 4. Valid: one device."),
+    ("train --out {0}/o --mesh.pipeline 2", "--mesh.pipeline"),
+    ("train --out {0}/o --log-to csv", "invalid choice 'csv' for argument '--log-to'"),
+    ("train --out {0}/o --log-to wandb wandb", "--log-to must name each once; got wandb wandb."),
+    ("train --out {0}/o --data.corpus {0}/missing.parquet", "missing.parquet', which does not exist"),
+    ("compile", "--topology STR"),
+    ("compile --topology v5e:16x16", "needs --size or --width, and not both"),
+    ("compile --topology v5e:16x16 --size 7b --width 64", "needs --size or --width, and not both"),
+    ("compile --topology v9:16x16 --size 7b", "topology must be one of v4, v5e, v5p, v6e, tpu7x"),
+    ("compile --topology v5e:16x16 --size 8b", "invalid choice '8b'"),
+    ("compile --topology v5e:16x16 --size 7b --batch-size 0", "--batch-size must be positive; got 0."),
+    ("compile --topology v5e:16x16 --size 7b --batch-size 100", "as 256 is; got 100. Valid: "),
+    ("compile --topology v5e:16x16 --size 7b --mesh.tensor 3", "multiply to the 256 devices"),
+    (
+        "compile --topology v5e:16x16 --size 7b --sequence-length 1",
+        "--sequence-length must be at least 2; got 1.",
+    ),
+    ("compile --topology v5e:16x16 --width 100", "Use a multiple of 32"),
     ("coord-check --out {0}/o --widths 64 128", "Use 64 128 256 512."),
     ("coord-check --out {0}/o --seeds 0", "--seeds must be at least 3"),
     ("coord-check --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),
@@ -140,7 +165,7 @@ def test_wrong_input(folder, line, message, monkeypatch):
     assert text.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["", "train", "sweep", "report", "coord-check", "show-rules"])
+@pytest.mark.parametrize("command", ["", "train", "sweep", "report", "coord-check", "show-rules", "compile"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

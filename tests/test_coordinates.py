@@ -64,7 +64,7 @@ def test_terms_of_the_channels_add_up_to_the_gates_gradients(measured):
 
 def test_rows(measured):
     program, hparams, batch, state, moved = measured
-    row = measurement(program, 3, hparams, batch)(state._replace(params=moved))
+    row = measurement(program, tiny.one_device(), 3, hparams, batch)(state._replace(params=moved))
     assert all(len(row["absolute"][name]) == 2 for name in ("gate_a", "beta", "residual", "mlp_output"))
     assert isinstance(row["absolute"]["logits"], float)
     assert "mixer_input" not in row["absolute"]
@@ -80,7 +80,7 @@ def test_rows(measured):
     # By Cauchy and Schwarz; below, few positions prove nothing.
     assert all(exponent < 1.0001 for exponent in gates["coherence_a"] + gates["coherence_b"])
     assert all(size > 0 for size in gates["gradient_a"] + gates["gradient_b"])
-    at_start = measurement(program, 3, hparams, batch)(state)
+    at_start = measurement(program, tiny.one_device(), 3, hparams, batch)(state)
     # Made again within another program, the start differs by rounding.
     assert max(jax.tree.leaves(at_start["update"])) < 1e-6
     # The zero readout lets no gradient through, and an exponent of nothing is no number.

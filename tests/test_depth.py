@@ -11,10 +11,9 @@ import tiny
 
 from gdn_jax import GDNConfig, GDNLanguageModel, mup
 from gdn_jax.mup.rules import spec_leaves
-from train.config import ModelOptions
+from train.config import DEFAULT_BASE_WIDTH, ModelOptions
 from train.step import Program
 from train.sweep import identity
-from train.train_run import DEFAULT_BASE_WIDTH
 
 
 def _program(layers, base_layers, optimizer="adamw", **changes):

@@ -14,7 +14,7 @@ from train.config import OptimizerOptions
 from train.data import prepare, train_batch, validation_batches
 from train.diagnose import _first_backward, diagnose, sentence
 from train.interrupts import Stopped, StopRequests
-from train.mesh import make_mesh, put_batch
+from train.mesh import put_batch
 from train.step import Program, compile_program, schedule
 
 STEPS = 10
@@ -49,7 +49,7 @@ def _train(compiled, seed, hparams, batches):
 def alone(setup):
     _, data, _ = setup
     program = _program(data.vocab_size)
-    return program, compile_program(program, make_mesh(), packed=False)
+    return program, compile_program(program, tiny.one_device(), packed=False)
 
 
 def test_mup_is_sp_at_the_base_bit_for_bit(setup, alone):
@@ -66,7 +66,7 @@ def test_mup_is_sp_at_the_base_bit_for_bit(setup, alone):
 def test_mup_is_not_sp_away_from_the_base(setup):
     _, data, batches = setup
     program = _program(data.vocab_size, width=16)
-    compiled = compile_program(program, make_mesh(), packed=False)
+    compiled = compile_program(program, tiny.one_device(), packed=False)
     mup_losses, sp_losses = (
         _train(compiled, jnp.int32(0), program.hparams(0.02, preset), batches[:4])[1]
         for preset in ("mup", "sp")
@@ -79,7 +79,7 @@ def test_a_point_alone_is_the_same_point_packed(setup, alone):
     program, single = alone
     _, _, batches = setup
     points = [(0.02, "mup", 0), (0.01, "sp", 1), (0.005, "mup", 2)]
-    packed = compile_program(program, make_mesh(), packed=True)
+    packed = compile_program(program, tiny.one_device(), packed=True)
     hparams = [program.hparams(rate, preset) for rate, preset, _ in points]
     _, together = _train(
         packed, loop.as_seeds([seed for *_, seed in points]), loop.stack_hparams(hparams), batches
@@ -98,8 +98,8 @@ def test_packed_points_end_as_they_do_alone_up_to_the_optimum(setup):
     batches = [train_batch(data, config, step) for step in range(steps)]
     held_out = validation_batches(data, config)
     hparams = [program.hparams(rate, "mup") for rate in rates]
-    packed = compile_program(program, make_mesh(), packed=True)
-    single = compile_program(program, make_mesh(), packed=False)
+    packed = compile_program(program, tiny.one_device(), packed=True)
+    single = compile_program(program, tiny.one_device(), packed=False)
     state, _ = _train(packed, loop.as_seeds([0] * len(rates)), loop.stack_hparams(hparams), batches)
     together = loop.mean_validation_loss(packed, state, held_out)
     alone = [
@@ -261,7 +261,7 @@ def test_parts_of_a_batch_add_up(setup, alone):
     mask = np.array(batches[0].loss_mask)
     mask[1:6] = 0
     batches = [batches[0]._replace(loss_mask=mask), *batches[1:4]]
-    in_parts = compile_program(dataclasses.replace(program, accumulate=4), make_mesh(), packed=False)
+    in_parts = compile_program(dataclasses.replace(program, accumulate=4), tiny.one_device(), packed=False)
     state, losses = _train(compiled, jnp.int32(0), hparams, batches)
     other, other_losses = _train(in_parts, jnp.int32(0), hparams, batches)
     np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5)
@@ -275,7 +275,7 @@ def deep(setup):
     _, data, batches = setup
     model = dataclasses.replace(tiny.MODEL, layers=3)
     program = Program(model.gdn_config(8, data.vocab_size), tiny.OPTIMIZER, STEPS)
-    compiled = compile_program(program, make_mesh(), packed=False)
+    compiled = compile_program(program, tiny.one_device(), packed=False)
     hparams = program.hparams(0.02, "mup")
     state, _ = _train(compiled, jnp.int32(0), hparams, batches[:3])
     return program, compiled.mesh, state, put_batch(compiled.mesh, batches[3])

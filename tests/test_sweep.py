@@ -14,8 +14,9 @@ import tiny
 from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
-from train.sweep import Point, Progress, packs, plan_points, run_sweep
+from train.sweep import run_sweep
 from train.sweep_options import SweepOptions
+from train.sweep_points import Point, Progress, packs, plan_points
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -232,6 +232,6 @@ def test_batch_that_devices_cannot_share_is_refused(tmp_path):
         check=False,
     )
     assert (
-        "ValueError: --data.batch-size must be a multiple of the 3 devices there are; got 8. Use 9."
+        "ValueError: --data.batch-size must be a multiple of the 3 devices along data and fsdp, as 9 is; got 8."
         in done.stderr
     )

@@ -151,7 +151,7 @@ def no_training(monkeypatch):
     begun = []
 
     def trained(run):
-        begun.append((run.options, run.program))
+        begun.append((run.options, run.setup.program))
         return {"val_loss": None, "diverged_at_step": None, "steps": 0}
 
     monkeypatch.setattr(train_run._Run, "train", trained)

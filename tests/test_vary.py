@@ -9,11 +9,13 @@ import tiny
 
 from gdn_jax import mup
 from gdn_jax.mup.spec import Role
-from train import sweep as sweeps
+from train import sweep_lanes
 from train.ledger import Ledger, point_key
 from train.report import analyse, read_rows
 from train.step import Program
-from train.sweep import Point, SweepOptions, plan_points, run_sweep
+from train.sweep import run_sweep
+from train.sweep_options import SweepOptions
+from train.sweep_points import Point, plan_points
 
 COMMITTED = pathlib.Path(__file__).parents[1] / "docs/results/adamw-heads"
 
@@ -43,8 +45,8 @@ def test_factors_act_on_their_roles_alone():
 
 def test_a_sweep_over_four_hyperparameters_compiles_once_and_never_repeats_a_default(tmp_path, monkeypatch):
     compiled = []
-    real = sweeps.ahead_of_time
-    monkeypatch.setattr(sweeps, "ahead_of_time", lambda *args: compiled.append(1) or real(*args))
+    real = sweep_lanes.ahead_of_time
+    monkeypatch.setattr(sweep_lanes, "ahead_of_time", lambda *args: compiled.append(1) or real(*args))
     data = tiny.data_config(tmp_path)
     options = _options(
         tmp_path, vary=("weight_decay=0.1,0.9", "embedding_lr=1,4", "gate_lr=8", "init_scale=1,0.5")

@@ -2,14 +2,21 @@
 
 import pathlib
 
+import jax
 import numpy as np
 
 from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig
+from train.mesh import MeshShape, build_mesh
 
 # One block of one 8-wide head; compiles in seconds.
 MODEL = ModelOptions(layers=1, key_dim=8, value_dim=8, base_width=8)
 OPTIMIZER = OptimizerOptions(weight_decay=0.1)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of the first device."""
+    return build_mesh(MeshShape(), jax.devices()[:1])
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn_jax import GDNConfig
 from gdn_jax.mixer import GatedDeltaNet
@@ -102,9 +102,7 @@ def mixer(topology):
 def step(topology):
     """The data-parallel train step on every chip of a pod: its kernels, and its collectives by kind."""
     devices = tpu_compiler.devices(topology)
-    mesh = Mesh(
-        np.asarray(devices).reshape(1, -1), (meshes.SWEEP, meshes.DATA), axis_types=(AxisType.Auto,) * 2
-    )
+    mesh = meshes.build_mesh(meshes.MeshShape(data=len(devices)), devices)
     program = Program(_config(), OptimizerOptions(), steps=10)
     compiled = compile_program(program, mesh, packed=False)
     hparams = program.hparams(0.01, "mup")

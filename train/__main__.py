@@ -1,10 +1,11 @@
-"""The command `gdn`: train, sweep, report, coord-check, show-rules."""
+"""The command `gdn`: train, sweep, report, coord-check, show-rules, compile."""
 
 import contextlib
 import ctypes
 import dataclasses
 import io
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -15,11 +16,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.aot import CompileOptions
 from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
 from train.faults import RunFailedError
-from train.interrupts import Stopped, left_behind
+from train.interrupts import Stopped, leave
+from train.mesh import MeshOptions
 from train.show_rules import ShowRulesOptions
 from train.sweep_options import SweepOptions
 from train.train_run import TrainOptions
@@ -34,6 +37,7 @@ class TrainCommand:
     optimizer: OptimizerOptions = OptimizerOptions()
     data: DataConfig = DataConfig()
     keep: Annotated[KeepOptions, tyro.conf.arg(name="")] = KeepOptions()
+    mesh: MeshOptions = MeshOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +77,22 @@ class ShowRulesCommand:
     optimizer: OptimizerOptions = OptimizerOptions()
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileCommand:
+    """Compile the train step for a TPU pod without one: memory, exchanges, and whether it fits (else exit code 1)."""
+
+    compile: Annotated[CompileOptions, tyro.conf.arg(name="")]
+    mesh: MeshOptions = MeshOptions()
+    model: ModelOptions = ModelOptions()
+
+
 type Command = (
     Annotated[TrainCommand, tyro.conf.subcommand("train")]
     | Annotated[SweepCommand, tyro.conf.subcommand("sweep")]
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[CoordCheckCommand, tyro.conf.subcommand("coord-check")]
     | Annotated[ShowRulesCommand, tyro.conf.subcommand("show-rules")]
+    | Annotated[CompileCommand, tyro.conf.subcommand("compile")]
 )
 
 
@@ -93,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _keep_freed_memory()
             if isinstance(command, SweepCommand):
                 _one_cpu_device_per_core()
+            if isinstance(command, SweepCommand | TrainCommand):
+                from train.distributed import start_processes
+
+                start_processes()
         code = _run(command)
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
@@ -103,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         print(f"gdn: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
         code = 128 + stopped.number
-        if left_behind():
-            # The usual end of the interpreter would crash into the compiler's thread.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        leave(code)
     except KeyboardInterrupt:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
@@ -183,15 +197,20 @@ def _run(command: Any) -> int:
         case ReportCommand():
             return _report(command.directory, console)
         case SweepCommand():
+            from train import processes
             from train.progress import SweepBar
             from train.sweep import run_sweep
 
             _keep_compilations()
             _quiet_orbax()
+            if not processes.first():
+                run_sweep(command.sweep, command.model, command.optimizer, command.data)
+                return 0
             with SweepBar(console) as bar:
                 run_sweep(command.sweep, command.model, command.optimizer, command.data, bar)
             return _report(command.sweep.out, console)
         case TrainCommand():
+            from train import processes
             from train.train_run import run_training
 
             _keep_compilations()
@@ -203,10 +222,17 @@ def _run(command: Any) -> int:
                 command.data,
                 say=lambda text: print(text, flush=True),
                 keep=command.keep,
+                mesh=command.mesh,
             )
-            if summary["val_loss"] is not None:
+            if summary["val_loss"] is not None and processes.first():
                 print(f"validation loss {summary['val_loss']:.4f} after {summary['steps']} steps")
             return 1 if summary["diverged_at_step"] else 0
+        case CompileCommand():
+            from train.aot import compile_job, describe, plan
+
+            report = compile_job(plan(command.compile, command.model, command.mesh))
+            print(json.dumps(report, indent=1) if command.compile.json else "\n".join(describe(report)))
+            return 0 if report["fits"] and not report["unplanned"] else 1
         case CoordCheckCommand():
             from train.coord_run import run_coord_check
 

@@ -208,8 +208,3 @@ def _arrays(state: Any) -> dict[str, str]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def abstract_like(state: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes and dtypes of ``state`` with one sharding for all."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)

@@ -15,6 +15,7 @@ import numpy as np
 
 from gdn_jax.mup.coord_check import INPUTS, update_sizes
 from kernels_pallas import gated_delta_rule_from_gates
+from train import mesh as meshes
 from train.data import Batch
 from train.metrics_log import MetricsLog
 from train.step import HParams, Program, TrainState
@@ -80,21 +81,24 @@ def gate_gradient_terms(
 
 
 def measurement(
-    program: Program, seed: int, hparams: HParams, batch: Batch
+    program: Program, mesh: jax.sharding.Mesh, seed: int, hparams: HParams, batch: Batch
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function from a state to its row of the log.
 
     Args:
         program: of the run.
+        mesh: of the run.
         seed: of its initialisation, which is made again for each row rather than kept.
         hparams: of the run.
-        batch: held out; its first rows are measured.
+        batch: held out, on the host, all of its rows; the first are measured, as many as devices split them over.
 
     Returns:
         Gives ``absolute``, ``update`` and ``gates``, each a dict of numbers; those of blocks are lists over the
         layers. ``gates``: shares of saturated beta, and per gate mean |gradient| and its `coherence_exponent`.
     """
-    tokens, targets, segment_ids, mask = (jnp.asarray(part[:_ROWS]) for part in batch)
+    parts = mesh.shape[meshes.DATA] * mesh.shape[meshes.FSDP]
+    rows = -(-_ROWS // parts) * parts
+    places = program.state_sharding(mesh).params
     config = program.config
     options = {
         "beta_max": 2.0 if config.allow_negative_eigenvalues else 1.0,
@@ -106,8 +110,9 @@ def measurement(
         x = jnp.abs(x.astype(jnp.float32))
         return jnp.mean(x, axis=tuple(range(1, x.ndim))) if layered else jnp.mean(x)
 
-    @jax.jit
     def measure(params: Any, constants: Any, hparams: HParams) -> dict[str, Any]:
+        tokens, targets, segment_ids, mask = (jnp.asarray(part[:rows]) for part in batch)
+
         def forward(params: Any, added: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
             return program.model(params, constants).with_intermediates(tokens, segment_ids, added)
 
@@ -116,7 +121,7 @@ def measurement(
             picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
             return -jnp.sum(picked * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
-        start = program.init(jnp.int32(seed), hparams).params
+        start = jax.lax.with_sharding_constraint(program.init(jnp.int32(seed), hparams).params, places)
         before, now = forward(start)[1], forward(params)[1]
         do = jax.grad(loss)({"o": jnp.zeros_like(now["o"])})["o"]
         blocks = {name: now[name] for name in ("q", "k", "v", "gate_a", "gate_b")}
@@ -144,8 +149,10 @@ def measurement(
             "gates": gates,
         }
 
+    jitted = jax.jit(meshes.in_context(mesh, measure), out_shardings=meshes.replicated(mesh))
+
     def row(state: TrainState) -> dict[str, Any]:
-        return jax.tree.map(_number, jax.device_get(measure(state.params, state.constants, hparams)))
+        return jax.tree.map(_number, jax.device_get(jitted(state.params, state.constants, hparams)))
 
     return row
 

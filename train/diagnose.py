@@ -85,7 +85,11 @@ def sentence(report: dict[str, Any]) -> str:
 
 @functools.cache
 def _jitted(mesh: jax.sharding.Mesh) -> Any:
-    return jax.jit(meshes.in_context(mesh, _flags), static_argnums=0)
+    return jax.jit(
+        meshes.in_context(mesh, _flags),
+        static_argnums=0,
+        out_shardings=(meshes.replicated(mesh), meshes.rows_sharding(mesh)),
+    )
 
 
 def _flags(program: Program, state: TrainState, batch: Batch) -> tuple[dict[str, Any], jax.Array]:

@@ -6,8 +6,11 @@ a thread that is left behind when the run stops.
 
 import concurrent.futures
 import contextlib
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -17,7 +20,7 @@ import jax
 from train import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_THREAD = "gdn-compile"
+COMPILE_THREAD = "gdn-compile"
 # How often a process that waits for its compiler asks whether another was told to stop.
 _ASK_EVERY_S = 0.2
 # A process that is told to stop at tick n says so before it dispatches n + 1. Others read the results of n + 1
@@ -39,9 +42,14 @@ class StopRequests:
 
     A tick is a unit of work, a step or a batch of validation, whose result no process has before all have begun
     it; at ticks the processes agree where to stop.
+
+    Args:
+        in_step: whether all processes run one program. If not, as in a sweep, each stops at its own next tick; `tick`
+            and `compile` may then be called from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_step: bool = True) -> None:
+        self._in_step = in_step
         self._number: int | None = None
         self._at_once = False
         self._ticks = self._compilations = 0
@@ -77,13 +85,19 @@ class StopRequests:
     @property
     def stopped(self) -> Stopped:
         """What to raise once a tick said to stop."""
+        if self._number is None and jax.process_count() > 1 and (agreed := _agreed()):
+            return Stopped(agreed[1])
         return Stopped(self._number or SIGNALS[0])
 
     def tick(self) -> bool:
-        """Whether to stop here; the same on all processes at the same tick."""
-        self._ticks += 1
+        """Whether to stop here; on all processes at the same tick, where they run in step."""
         if jax.process_count() == 1:
             return self._number is not None
+        if not self._in_step:
+            if self._number is not None and not self._proposed:
+                self._propose(0)
+            return self._number is not None or _agreed() is not None
+        self._ticks += 1
         if self._number is not None and not self._proposed:
             self._propose(self._ticks + _TICKS_AHEAD)
         agreed = _agreed()
@@ -110,14 +124,17 @@ class StopRequests:
                 result.set_exception(error)
 
         # A daemon, unlike those of an executor: the interpreter does not wait for it at its end.
-        threading.Thread(target=run, name=_THREAD, daemon=True).start()
-        self._compilations += 1
+        threading.Thread(target=run, name=COMPILE_THREAD, daemon=True).start()
         several = jax.process_count() > 1
         while self._number is None and not (several and _agreed()):
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 result.exception(_ASK_EVERY_S)
                 break
-        if several:
+        if not self._in_step:
+            if self.tick():
+                raise self.stopped
+        elif several:
+            self._compilations += 1
             if self._number is not None and not self._proposed:
                 self._propose(0)
             processes.store().wait_at_barrier(f"{_KEY}/compiled/{self._compilations}", _BARRIER_MS)
@@ -140,6 +157,33 @@ def _agreed() -> tuple[int, int] | None:
     return int(tick), int(number)
 
 
+def leave(code: int) -> None:
+    """Ends a process that was stopped; returns where the interpreter may come to its usual end.
+
+    Where a compilation still runs, that end would crash into the compiler's thread. Where there are several processes,
+    it would wait for those that compile; so all leave, the first as the last: it keeps what they talk through.
+    """
+    several = jax.distributed.is_initialized()
+    if several:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if processes.first():
+                deadline = time.monotonic() + _LEAVE_S
+                for other in range(1, jax.process_count()):
+                    left_ms = max(1, round(1000 * (deadline - time.monotonic())))
+                    processes.store().blocking_key_value_get(f"{_LEFT}/{other}", left_ms)
+            else:
+                processes.store().key_value_set(f"{_LEFT}/{jax.process_index()}", "1")
+    if several or left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+_LEFT = "gdn/left"
+# Within the grace period of any scheduler, also after a save.
+_LEAVE_S = 10.0
+
+
 def left_behind() -> bool:
-    """Whether a compilation still runs: then the interpreter must be left without its usual end."""
-    return any(thread.name == _THREAD for thread in threading.enumerate())
+    """Whether a compilation still runs."""
+    return any(thread.name.startswith(COMPILE_THREAD) for thread in threading.enumerate())

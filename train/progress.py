@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from train.sweep import Point, Progress
+from train.sweep_points import Point, Progress
 
 # Without a terminal (a log file, CI) a line so often is enough.
 _LINE_EVERY_S = 20.0
@@ -44,6 +44,11 @@ class SweepBar(Progress):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def planned(self, lines: Sequence[str]) -> None:
+        """See :class:`Progress`."""
+        for line in lines:
+            self._console.print(line, soft_wrap=True, highlight=False)
 
     def begin(self, total_work: int, done_work: int) -> None:
         """See :class:`Progress`."""

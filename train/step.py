@@ -83,7 +83,10 @@ def token_loss(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[
         targets: ``[B, T]`` int32.
         mask: ``[B, T]``, 1 where the target counts.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # The target's logit by comparison, not by index: each device then looks through its own part of the vocabulary.
+    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
     mask = mask.astype(jnp.float32)
     return jnp.sum(losses * mask), jnp.sum(mask)
 
@@ -159,6 +162,12 @@ class Program:
         opt_state = self.optimizer(hparams.learning_rate, hparams.learning_rate, hparams).init(params)
         return TrainState(params, nnx.to_pure_dict(constants), opt_state, jnp.int32(0), jnp.int32(-1))
 
+    def state_sharding(self, mesh: Mesh) -> Any:
+        """Where each array of a state lies: a ``TrainState`` of ``NamedSharding``."""
+        hparams = self.hparams(1.0, self.config.preset)
+        state = jax.eval_shape(self.init, np.int32(0), hparams)
+        return meshes.state_sharding(mesh, self.specs, state)
+
     def model(self, params: Any, constants: Any) -> GDNLanguageModel:
         """The model of these values."""
         return nnx.merge(self._abstract[0], nnx.State(params), nnx.State(constants))
@@ -233,27 +242,34 @@ def compile_program(program: Program, mesh: Mesh, *, packed: bool) -> Compiled:
 
     Args:
         program: of one width.
-        mesh: from ``train.mesh``; a packed program shards its points over ``sweep``, and batches are
-            split over ``data``.
+        mesh: from ``train.mesh``; a packed program shards its points over ``sweep``. Where parameters, state and
+            batches of a point lie is the mesh's affair.
         packed: whether a leading axis of points is there.
     """
     init, step, evaluate = program.init, program.step, program.evaluate
     points = meshes.points_sharding(mesh) if packed else meshes.replicated(mesh)
     batch = meshes.batch_sharding(mesh)
+    state = points
+    if mesh.size > mesh.shape[meshes.SWEEP]:
+        state = program.state_sharding(mesh)
+        if packed:
+            state = meshes.of_points(state)
     if packed:
         init, step, evaluate = meshes.over_points(mesh, init, step, evaluate)
     else:
+        init = meshes.in_context(mesh, init)
         step, evaluate = meshes.in_context(mesh, step), meshes.in_context(mesh, evaluate)
     return Compiled(
         # Runs once a point: half of LLVM's work on it would take longer than the run saves (10 s against 2).
         jax.jit(
             init,
             in_shardings=(points, points),
-            out_shardings=points,
+            # Parts from the first byte: nothing is ever whole on one device.
+            out_shardings=state,
             compiler_options={"xla_backend_optimization_level": 1},
         ),
-        jax.jit(step, in_shardings=(points, batch, points), out_shardings=(points, points), donate_argnums=0),
-        jax.jit(evaluate, in_shardings=(points, batch), out_shardings=points),
+        jax.jit(step, in_shardings=(state, batch, points), out_shardings=(state, points), donate_argnums=0),
+        jax.jit(evaluate, in_shardings=(state, batch), out_shardings=points),
         packed,
         mesh,
     )

@@ -1,20 +1,27 @@
 """Where a sweep keeps the packs that a signal stopped half way; the ledger has those that came to their end."""
 
+import hashlib
+import io
+import os
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from train.checkpoint import Checkpoints
 from train.interrupts import Stopped
 from train.ledger import fingerprint
 from train.step import TrainState
 
+# Beside the arrays of the state, which are named by their number.
+_STEPS = "steps"
+
 
 class StoppedPacks:
-    """A folder of checkpoints, one for each pack that was stopped.
+    """A folder with a file for each pack that was stopped: the SHA-256 of what follows, then the arrays as npz.
+
+    A pack lies on devices of one process, which reads and writes it alone; any thread of it may.
 
     Args:
         out: the sweep's folder.
@@ -25,35 +32,43 @@ class StoppedPacks:
         self._folder, self._config = out / "stopped", config_fingerprint
 
     def restore(self, keys: Sequence[tuple[Any, ...]], fresh: TrainState) -> tuple[TrainState, int]:
-        """State and steps taken of a pack: where it was stopped, or ``fresh`` and 0.
+        """State and steps taken of a pack: where it was stopped; ``fresh`` and 0 where none was, or it is damaged.
 
         Args:
             keys: of the pack's points, in its order.
             fresh: a new state of the pack, on its devices.
         """
-        folder = self._of(keys)
-        if not folder.exists():
-            return fresh, 0
         try:
-            checkpoints = Checkpoints(folder, keep=1)
-        except ValueError:
-            # None is sound: the pack begins anew.
+            digest, _, content = self._of(keys).read_bytes().partition(b"\n")
+        except FileNotFoundError:
             return fresh, 0
-        if (step := checkpoints.newest) is None:
-            checkpoints.close()
+        if hashlib.sha256(content).hexdigest().encode() != digest:
             return fresh, 0
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
-        state, _ = checkpoints.restore(step, like)
-        checkpoints.close()
-        return state, step
+        leaves, structure = jax.tree.flatten(fresh)
+        with np.load(io.BytesIO(content)) as saved:
+            kept = [saved[str(index)] for index in range(len(leaves))]
+            step = int(saved[_STEPS])
+        placed = [jax.device_put(x, like.sharding) for x, like in zip(kept, leaves, strict=True)]
+        return jax.tree.unflatten(structure, placed), step
 
     def save(self, keys: Sequence[tuple[Any, ...]], step: int, state: TrainState) -> None:
         """Keeps a pack; it is on disk when this returns."""
-        checkpoints = Checkpoints(self._of(keys), keep=1)
-        checkpoints.save(
-            step, state, {"step": step}, {"config": self._config, "points": list(map(list, keys))}
-        )
-        checkpoints.close()
+        arrays = {str(index): np.asarray(x) for index, x in enumerate(jax.tree.leaves(state))}
+        arrays[_STEPS] = np.asarray(step)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+        content = buffer.getvalue()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._of(keys)
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def saved_when_stopped[T](
         self, keys: Sequence[tuple[Any, ...]], step: int, state: TrainState, fn: Callable[[], T]
@@ -67,7 +82,7 @@ class StoppedPacks:
 
     def forget(self, keys: Sequence[tuple[Any, ...]]) -> None:
         """The pack is in the ledger."""
-        shutil.rmtree(self._of(keys), ignore_errors=True)
+        self._of(keys).unlink(missing_ok=True)
 
     def _of(self, keys: Sequence[tuple[Any, ...]]) -> pathlib.Path:
-        return self._folder / fingerprint([self._config, *map(list, keys)])
+        return self._folder / f"{fingerprint([self._config, *map(list, keys)])}.npz"

@@ -5,6 +5,7 @@ import pathlib
 
 from train.config import PresetName, check_learning_rate, check_preset_name
 from train.profiling import parse_steps
+from train.trackers import TrackerName, check_installed
 from train.tuned import ChangeName
 
 DEFAULT_LEARNING_RATE = 2.0**-7
@@ -42,6 +43,8 @@ class TrainOptions:
     the gates, coherence of their gradients. 0: none."""
     accumulate: int = 1
     """Parts of a batch that are computed one after the other for one update: less memory, the same training."""
+    log_to: tuple[TrackerName, ...] = ()
+    """Write the log there as well: tensorboard (OUT/tensorboard), wandb; pip install -e '.[log]' brings both."""
     profile_steps: str | None = None
     """FIRST..LAST: trace these steps for TensorBoard's profiler or Perfetto, into OUT/profile."""
 
@@ -56,6 +59,9 @@ class TrainOptions:
         if self.coordinates_every < 0:
             raise ValueError(f"--coordinates-every must be 0 or more; got {self.coordinates_every}.")
         parse_steps(self.profile_steps)
+        if len(set(self.log_to)) < len(self.log_to):
+            raise ValueError(f"--log-to must name each once; got {' '.join(self.log_to)}.")
+        check_installed(self.log_to)
         if self.learning_rate is not None:
             check_learning_rate(self.learning_rate)
         if self.preset is not None:

@@ -8,19 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from train import loop, processes
 from train import mesh as meshes
-from train.checkpoint import Checkpoints, abstract_like
-from train.config import (
-    DEFAULT_BASE_WIDTH,
-    KeepOptions,
-    ModelOptions,
-    OptimizerOptions,
-)
+from train.checkpoint import Checkpoints
+from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coordinates import CoordinateLog, measurement
-from train.data import Batch, DataConfig, PreparedData, prepare, train_loader, validation_batches
+from train.data import Batch, DataConfig, train_loader, validation_batches
 from train.diagnose import diagnose, sentence
 from train.faults import disk_full_said
 from train.flops import peak_flops, train_flops_per_token
@@ -33,12 +29,13 @@ from train.ledger import (
     only_process,
     write_atomically,
 )
+from train.mesh import MeshOptions
 from train.metrics_log import Clock, MetricsLog, finite_or_none
 from train.profiling import Profile
-from train.step import Compiled, HParams, Metrics, Program, TrainState, ahead_of_time, compile_program
-from train.sweep import identity
-from train.train_options import DEFAULT_LEARNING_RATE, TrainOptions
-from train.tuned import differences, plan, read_tuning, require_accepted
+from train.run_setup import RunSetup, set_up
+from train.step import Compiled, Metrics, TrainState, ahead_of_time, compile_program
+from train.trackers import open_trackers
+from train.train_options import TrainOptions
 
 CONFIG_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -54,6 +51,7 @@ def run_training(
     data_config: DataConfig,
     say: Callable[[str], None] = lambda text: None,
     keep: KeepOptions = KeepOptions(),
+    mesh: MeshOptions = MeshOptions(),
 ) -> dict[str, Any]:
     """Trains to the end of the schedule, or to ``stop_at``.
 
@@ -64,6 +62,7 @@ def run_training(
         data_config: of the corpus.
         say: takes a line for the user.
         keep: what is kept, and what is done about faults.
+        mesh: devices along each axis; a run may go on over other ones.
 
     Returns:
         The summary: steps, tokens, ``val_loss`` (None when diverged or stopped early), ``diverged_at_step``.
@@ -75,61 +74,12 @@ def run_training(
     """
     with StopRequests() as stop:
         with stop.at_once():
-            model = model.with_base(DEFAULT_BASE_WIDTH)
-            data, learning_rate, preset = _what_to_run(options, model, optimizer, data_config, say)
-        program = Program(
-            model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name),
-            optimizer,
-            options.steps,
-            options.accumulate,
-        )
-        hparams = program.hparams(learning_rate, preset)
-        parts = len(jax.devices()) * options.accumulate
-        if data_config.batch_size % parts:
-            what = f"{len(jax.devices())} devices there are"
-            what = what if options.accumulate == 1 else f"{what}, times --accumulate {options.accumulate}"
-            raise ValueError(
-                f"--data.batch-size must be a multiple of the {what}; got {data_config.batch_size}. "
-                f"Use {-(-data_config.batch_size // parts) * parts}."
-            )
-        run_identity = identity(model, optimizer, data_config, data, options.steps) | {
-            "run": {
-                "width": options.width,
-                "learning_rate": learning_rate,
-                "preset": preset,
-                "seed": options.seed,
-                "accumulate": options.accumulate,
-            }
-        }
+            setup = set_up(options, model, optimizer, data_config, mesh, say)
         with contextlib.ExitStack() as held:
-            run = _Run(options, keep, program, hparams, data, data_config, run_identity, stop, say)
+            run = _Run(options, keep, setup, meshes.build_mesh(setup.shape), stop, say)
             held.enter_context(disk_full_said(options.out, run.kept))
-            processes.on_first(lambda: _take_folder(options.out, run_identity, keep.allow_changes, held))
+            processes.on_first(lambda: _take_folder(options.out, setup.identity, keep.allow_changes, held))
             return run.train()
-
-
-def _what_to_run(
-    options: TrainOptions,
-    model: ModelOptions,
-    optimizer: OptimizerOptions,
-    data_config: DataConfig,
-    say: Callable[[str], None],
-) -> tuple[PreparedData, float, str]:
-    """Data, learning rate and preset: those asked for, or what the sweep of ``tuned_by`` found."""
-    if options.tuned_by is None:
-        learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
-        return prepare(data_config), learning_rate, preset
-    tuning = read_tuning(options.tuned_by, options.preset, options.width)
-    now = identity(model, optimizer, data_config, None, options.steps)
-    require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
-    data = prepare(data_config)
-    now = identity(model, optimizer, data_config, data, options.steps)
-    changed = differences(tuning.config, now)
-    require_accepted(changed, options.accept_change, options.tuned_by)
-    if processes.first():
-        for line in plan(tuning, options.width, now, changed):
-            say(line)
-    return data, tuning.learning_rate, tuning.preset
 
 
 def _take_folder(
@@ -146,11 +96,8 @@ class _Run:
 
     options: TrainOptions
     keep: KeepOptions
-    program: Program
-    hparams: HParams
-    data: PreparedData
-    data_config: DataConfig
-    identity: dict[str, Any]
+    setup: RunSetup
+    mesh: Mesh
     stop: StopRequests
     say_anywhere: Callable[[str], None]
     checkpoints: Checkpoints | None = None
@@ -159,6 +106,14 @@ class _Run:
         """A line for the user, once however many processes there are."""
         if processes.first():
             self.say_anywhere(text)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of each batch that this process reads."""
+        return meshes.process_rows(self.mesh, self.setup.data_config.batch_size)
+
+    def _held_out(self) -> list[Batch]:
+        return validation_batches(self.setup.data, self.setup.data_config, self.rows)
 
     def kept(self) -> str:
         """What is safe, a clause."""
@@ -207,25 +162,24 @@ class _Run:
         if (
             first
             and not self.keep.allow_changes
-            and checkpoints.config_fingerprint(first) != fingerprint(self.identity)
+            and checkpoints.config_fingerprint(first) != fingerprint(self.setup.identity)
         ):
             raise ValueError(
                 f"{self.options.out} has a checkpoint of another configuration than {CONFIG_FILE} says; "
                 "choose another --out, or --allow-changes to go on from it."
             )
-        mesh = meshes.make_mesh()
-        jitted = compile_program(self.program, mesh, packed=False)
-        seed = jnp.int32(self.options.seed)
-        rows = (self.data_config.batch_size, self.data_config.sequence_length)
+        program, hparams = self.setup.program, self.setup.hparams
+        jitted = compile_program(program, self.mesh, packed=False)
+        # Of numpy: every process may give it to a program of all devices.
+        seed = np.int32(self.options.seed)
+        shape = (self.setup.data_config.batch_size, self.setup.data_config.sequence_length)
         batch: Any = Batch._make(
-            jax.ShapeDtypeStruct(rows, dtype) for dtype in (*[jnp.int32] * 3, jnp.float32)
+            jax.ShapeDtypeStruct(shape, dtype) for dtype in (*[np.int32] * 3, np.float32)
         )
-        compiled = self.stop.compile(
-            lambda: ahead_of_time(jitted, seed, self.hparams, batch, init=first == 0)
-        )
+        compiled = self.stop.compile(lambda: ahead_of_time(jitted, seed, hparams, batch, init=first == 0))
         if not first:
-            return compiled, compiled.init(seed, self.hparams), None
-        like = abstract_like(jax.eval_shape(jitted.init, seed, self.hparams), meshes.replicated(mesh))
+            return compiled, compiled.init(seed, hparams), None
+        like = meshes.abstract(jax.eval_shape(program.init, seed, hparams), program.state_sharding(self.mesh))
         state, position = checkpoints.restore(first, like)
         self.say(f"going on from step {first} of {self.options.steps}")
         return compiled, state, position
@@ -239,11 +193,11 @@ class _Run:
         first: int,
         last: int,
     ) -> TrainState:
-        options, stop = self.options, self.stop
-        loader = train_loader(self.data, self.data_config)
+        options, stop, setup = self.options, self.stop, self.setup
+        loader = train_loader(setup.data, setup.data_config, rows=self.rows)
         if position is not None:
             loader.set_state(position)
-        held_out = validation_batches(self.data, self.data_config)
+        held_out = self._held_out()
 
         def open_log(name: str) -> MetricsLog | None:
             return MetricsLog(options.out / name, keep_until=first) if processes.first() else None
@@ -251,18 +205,25 @@ class _Run:
         log = open_log(METRICS_FILE)
         if log is not None:
             checkpoints.scores.update(log.val_losses)
-        tokens_per_step = self.data_config.batch_size * self.data_config.sequence_length
+        tokens_per_step = setup.data_config.batch_size * setup.data_config.sequence_length
         clock = Clock(tokens_per_step)
-        flops, peak = train_flops_per_token(self.program.config), peak_flops(jax.devices()[0])
+        flops, peak = train_flops_per_token(setup.program.config), peak_flops(jax.devices()[0])
         coordinates = None
         if options.coordinates_every:
-            measure = measurement(self.program, options.seed, self.hparams, held_out[0])
+            # All its rows, on every process.
+            (batch, *_) = validation_batches(setup.data, setup.data_config)
+            measure = measurement(setup.program, self.mesh, options.seed, setup.hparams, batch)
             coordinates = CoordinateLog(measure, open_log(COORDINATES_FILE))
         profile = Profile(options.profile_steps, options.out / "profile")
 
+        trackers = (
+            open_trackers(options.log_to, options.out, first, setup.identity) if processes.first() else []
+        )
+
         def write(row: dict[str, Any]) -> None:
-            if log is not None:
-                log.write(row)
+            for taker in (log, *trackers):
+                if taker is not None:
+                    taker.write(row)
 
         def observe(step: int, metrics: Metrics) -> None:
             checkpoints.check()
@@ -294,8 +255,8 @@ class _Run:
 
         def save(step: int, state: TrainState) -> None:
             # Not the loader's own position: it may have read on.
-            at = train_loader(self.data, self.data_config, start_step=step).get_state()
-            checkpoints.save(step, state, at, self.identity)
+            at = train_loader(setup.data, setup.data_config, start_step=step).get_state()
+            checkpoints.save(step, state, at, setup.identity)
             if options.checkpoint_every == 1:
                 checkpoints.wait()
 
@@ -329,7 +290,7 @@ class _Run:
 
         def diverged(step: int, batch: Batch, before: TrainState) -> bool:
             try:
-                report = stop.compile(lambda: diagnose(self.program, compiled.mesh, step, before, batch))
+                report = stop.compile(lambda: diagnose(setup.program, compiled.mesh, step, before, batch))
             except Stopped:
                 save_before(step, before)
                 raise
@@ -352,7 +313,7 @@ class _Run:
             return loop.run(
                 compiled,
                 state,
-                self.hparams,
+                setup.hparams,
                 profile.batches(loader, first),
                 first_step=first,
                 last_step=last,
@@ -368,19 +329,21 @@ class _Run:
                 log.close()
             if coordinates is not None:
                 coordinates.close()
+            for tracker in trackers:
+                tracker.close()
 
     def _summary(self, compiled: Compiled, state: TrainState, *, done: bool) -> dict[str, Any]:
+        data_config = self.setup.data_config
         step, diverged_at = int(state.step), int(state.diverged_at)
         loss = None
         if done and diverged_at < 0:
-            held_out = validation_batches(self.data, self.data_config)
-            loss = float(loop.mean_validation_loss(compiled, state, held_out, self.stop))
+            loss = float(loop.mean_validation_loss(compiled, state, self._held_out(), self.stop))
         lost_at = loop.divergence_step(diverged_at, loss, step)
         if lost_at is not None:
             self.say(f"diverged at step {lost_at}: lower --learning-rate")
         summary = {
             "steps": step,
-            "tokens": step * self.data_config.batch_size * self.data_config.sequence_length,
+            "tokens": step * data_config.batch_size * data_config.sequence_length,
             "val_loss": loss if lost_at is None else None,
             "diverged_at_step": lost_at,
             "code_version": code_version(),

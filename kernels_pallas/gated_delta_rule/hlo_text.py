@@ -1,10 +1,15 @@
 """Reads the text of a compiled program (`compiled.as_text()`): what runs how often, and what only moves data."""
 
+import math
 import re
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.<>-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
+# Tuples of tuples of arrays, whose layouts have parentheses of their own.
+_TUPLE = r"\([^()]*\)"
+for _ in range(3):
+    _TUPLE = rf"\((?:[^()]|{_TUPLE})*\)"
+_INSTRUCTION = re.compile(rf"^\s+(ROOT )?%?([\w.<>-]+) = ({_TUPLE}|\S+) ([\w-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.<>-]+)")
@@ -28,6 +33,24 @@ _NO_LAUNCH = frozenset(
         "custom-call",
     }
 )
+_COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "collective-broadcast",
+        "collective-permute",
+        "ragged-all-to-all",
+        "reduce-scatter",
+    }
+)
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)="
+    r"(mesh\[[^\]]*\] *\{[^}]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:\{[\d,]*\},?)*\})"
+)
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+# Of the three fusions that start, carry on and end one asynchronous exchange of a TPU.
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What a fusion may hold besides and still compute nothing.
 _INERT = frozenset({"parameter", "constant", "bitcast", "tuple", "get-tuple-element"})
 
@@ -49,6 +72,23 @@ class Moved(NamedTuple):
     opcode: str
     bytes: int
     calls: int
+
+
+class Collective(NamedTuple):
+    """An exchange between devices: its result on one of them, and how often it runs.
+
+    `groups` is as in the text: which devices exchange with each other. A reduce-scatter that the TPU compiler
+    makes of an all-reduce and a slice counts as that.
+    """
+
+    kind: str
+    groups: str
+    # Element type and number of elements of each array of the result.
+    arrays: tuple[tuple[str, int], ...]
+    bytes: int
+    calls: int
+    # What of the traced program it comes from.
+    origin: str
 
 
 class Calls(NamedTuple):
@@ -212,6 +252,66 @@ def kernel_vmem(compiled_text: str) -> dict[str, int]:
         for x, _ in executed
         if _is_kernel(x)
     }
+
+
+def collectives(compiled_text: str) -> list[Collective]:
+    """The exchanges between devices of a compiled program, the largest total (bytes × calls) first.
+
+    Raises:
+        ValueError: not the text of a compiled program, or one with exchanges where this reader does not look.
+    """
+    executed, _, computations = _executed(compiled_text)
+    found, chains, looked_at = [], set(), set()
+    for instruction, calls in executed:
+        for around, part in _with_bodies(instruction, computations):
+            if (kind := _collective_kind(part)) is None:
+                continue
+            looked_at.add(part.name)
+            if chain := _CHAIN.search(part.rest):
+                if chain.groups() in chains:
+                    continue
+                chains.add(chain.groups())
+            result = part
+            if kind == "all-reduce" and any("all-reduce-scatter" in name for name in _called(around)):
+                kind, result = "reduce-scatter", around
+            arrays = tuple(
+                (dtype, math.prod(int(dim) for dim in dims.split(",") if dim))
+                for dtype, dims in _ARRAY.findall(result.shape)
+            )
+            if part.opcode in ("all-gather-start", "collective-permute-start"):
+                # Operands come first, and of a permute two words last.
+                arrays = arrays[: 2 * (len(arrays) // 2)] if kind == "all-gather" else arrays[:2]
+                arrays = arrays[len(arrays) // 2 :]
+            groups, origin = _GROUPS.search(part.rest), _ORIGIN.search(part.rest)
+            size = sum(_array_bytes(f"{dtype}[{count}]") for dtype, count in arrays)
+            found.append(
+                Collective(
+                    kind, groups[1] if groups else "{}", arrays, size, calls, origin[1] if origin else ""
+                )
+            )
+    everywhere = {x.name for body in computations.values() for x in body if _collective_kind(x)}
+    if missed := sorted(everywhere - looked_at):
+        raise ValueError(f"exchanges in computations that nothing was seen to call: {', '.join(missed[:4])}.")
+    return sorted(found, key=lambda x: -x.bytes * x.calls)
+
+
+def _collective_kind(instruction: Instruction) -> str | None:
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in _COLLECTIVES else None
+
+
+def _with_bodies(
+    instruction: Instruction, computations: dict[str, list[Instruction]]
+) -> list[tuple[Instruction, Instruction]]:
+    """The instruction, or what it hides: (fusion or call around it, instruction). A TPU's SparseCores are called."""
+    if instruction.opcode not in ("fusion", "async-start", "call-start"):
+        return [(instruction, instruction)]
+    pairs = []
+    for name in _called(instruction):
+        for part in computations.get(name, ()):
+            inner = _with_bodies(part, computations)
+            pairs += [(instruction if around is part else around, x) for around, x in inner]
+    return pairs
 
 
 def moved_bytes(compiled_text: str, at_least: int) -> list[Moved]:

@@ -110,8 +110,8 @@ def topology_name(name: str) -> str:
     return TOPOLOGIES[name]
 
 
-def compiler_environment(dump_folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The environment of a process that compiles for TPUs and dumps its launches into a folder.
+def compiler_environment(dump_folder: str | os.PathLike[str] | None) -> dict[str, str]:
+    """The environment of a process that compiles for TPUs and dumps its launches into a folder, if there is one.
 
     Raises:
         FileNotFoundError: there is no libtpu on this machine.
@@ -124,11 +124,13 @@ def compiler_environment(dump_folder: str | os.PathLike[str]) -> dict[str, str]:
         if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
             hint = "It exists for Linux on x86-64 only"
         raise FileNotFoundError(f"The TPU compiler needs libtpu; {looked}. {hint}.")
-    flags = {
-        "xla_jf_dump_to": os.fspath(dump_folder),
-        "xla_jf_dump_llo_text": "true",
-        "xla_jf_dump_llo_pass_label_regex": "final.*",
-    }
+    flags = {}
+    if dump_folder is not None:
+        flags = {
+            "xla_jf_dump_to": os.fspath(dump_folder),
+            "xla_jf_dump_llo_text": "true",
+            "xla_jf_dump_llo_pass_label_regex": "final.*",
+        }
     return {
         **os.environ,
         "TPU_LIBRARY_PATH": str(library.resolve()),
@@ -151,8 +153,8 @@ def compiler_environment(dump_folder: str | os.PathLike[str]) -> dict[str, str]:
     }
 
 
-def run_worker(arguments: Sequence[str], dump_folder: str | os.PathLike[str]) -> Any:
-    """Runs this Python with `arguments` as a process that may compile for TPUs.
+def run_worker(arguments: Sequence[str], dump_folder: str | os.PathLike[str] | None) -> Any:
+    """Runs this Python with `arguments` as a process that may compile for TPUs, without dumps for `None`.
 
     Returns:
         the JSON value that it printed last.

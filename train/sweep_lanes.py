@@ -1,0 +1,233 @@
+"""The lanes of a sweep, as `train.sweep_plan` places them: each trains its packs on devices of its own."""
+
+import concurrent.futures
+import functools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import loop
+from train.data import DataConfig, PreparedData, train_batch, validation_batches
+from train.interrupts import COMPILE_THREAD, Stopped, StopRequests
+from train.ledger import code_version
+from train.mesh import MeshShape, build_mesh
+from train.rows import Rows
+from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
+from train.stopped_packs import StoppedPacks
+from train.sweep_options import SweepOptions
+from train.sweep_plan import Lane, describe, plan_sweep
+from train.sweep_points import Point, Progress, packs
+from train.vary import default_values
+
+
+def run_lanes(
+    options: SweepOptions,
+    regime: str,
+    plan: Mapping[int, Sequence[Point]],
+    programs: Mapping[int, Program],
+    hparams: Mapping[Point, HParams],
+    data: PreparedData,
+    data_config: DataConfig,
+    ledger: Rows,
+    stop: StopRequests,
+    progress: Progress,
+) -> None:
+    """Trains what the ledger does not hold of this process's points; lanes run at the same time.
+
+    Args:
+        options: of the sweep.
+        regime: of the model, for the rows.
+        plan: points by width.
+        programs: by width.
+        hparams: by point.
+        data: prepared.
+        data_config: they were prepared with.
+        ledger: takes the rows.
+        stop: ends it early.
+        progress: is told, from any thread.
+
+    Raises:
+        Stopped: ``stop`` said so; what was half done is kept.
+    """
+    per_device = options.points_per_device or (1 if jax.default_backend() == "cpu" else 8)
+    costs = {width: _relative_cost(program) for width, program in programs.items()}
+    placed = plan_sweep(
+        plan,
+        costs,
+        processes=jax.process_count(),
+        devices=len(jax.local_devices()),
+        per_device=per_device,
+    )
+    tokens = data_config.batch_size * data_config.sequence_length
+    progress.planned(describe(placed, programs, costs, tokens, jax.devices()[0]))
+    validation = validation_batches(data, data_config)
+    lanes = [lane for lane in placed.lanes if lane.process == jax.process_index()]
+    all_packs = {
+        width: packs(placed.points[lane.process, width], placed.pack_size(lane))
+        for lane in lanes
+        for width in lane.widths
+    }
+    todo = {
+        width: [pack for pack in of_width if any(p.key not in ledger.rows for p in pack)]
+        for width, of_width in all_packs.items()
+    }
+    work = {width: costs[width] * len(of_width[0]) for width, of_width in all_packs.items()}
+    progress.begin(
+        sum(work[width] * len(all_packs[width]) * options.steps for width in work),
+        sum(work[width] * (len(all_packs[width]) - len(todo[width])) * options.steps for width in work),
+    )
+    shared = {
+        "code_version": code_version(),
+        "config_fingerprint": ledger.fingerprint,
+        "regime": regime,
+        "device": jax.devices()[0].device_kind,
+    } | default_values(options.varied(), programs[next(iter(plan))].options.weight_decay)
+    batch = train_batch(data, data_config, 0)
+    stopped, ended = StoppedPacks(options.out, ledger.fingerprint), threading.Event()
+
+    def build(lane: Lane, width: int) -> tuple[Compiled, float]:
+        start = time.perf_counter()
+        devices = [jax.local_devices()[index] for index in lane.devices]
+        mesh = build_mesh(MeshShape(sweep=len(devices)), devices)
+        compiled = compile_program(programs[width], mesh, packed=True)
+        pack = todo[width][0]
+        seeds = loop.as_seeds([point.seed for point in pack])
+        return ahead_of_time(compiled, seeds, _stacked(pack, hparams), batch), time.perf_counter() - start
+
+    def run_lane(lane: Lane) -> None:
+        left = [width for width in lane.widths if todo[width]]
+        # Beside an accelerator the host's cores are idle: the next width compiles while one runs. One at a time, since
+        # four at once take 227 s on an H100 where one alone takes 48 s.
+        pool = concurrent.futures.ThreadPoolExecutor(1, COMPILE_THREAD)
+        try:
+            on_cpu = jax.default_backend() == "cpu"
+            ahead = {} if on_cpu else {width: pool.submit(build, lane, width) for width in left}
+            for width in left:
+                progress.compiling(width, None)
+                make = ahead.pop(width).result if ahead else functools.partial(build, lane, width)
+                compiled, seconds = stop.compile(make)
+                progress.compiling(width, seconds)
+                for pack in todo[width]:
+                    rows = _run_pack(
+                        compiled,
+                        programs[width],
+                        pack,
+                        hparams,
+                        data,
+                        data_config,
+                        validation,
+                        work[width],
+                        stopped,
+                        stop,
+                        ended,
+                        progress,
+                    )
+                    for row in rows:
+                        ledger.append(shared | row)
+                    stopped.forget([point.key for point in pack])
+        finally:
+            # A compilation that a signal left behind is not waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    if len(lanes) == 1:
+        run_lane(lanes[0])
+        return
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(lanes)), "lane") as pool:
+        running = [pool.submit(run_lane, lane) for lane in lanes]
+        try:
+            for done in concurrent.futures.as_completed(running):
+                done.result()
+        except Stopped:
+            # The others keep their packs, and end, at their own next step.
+            raise
+        except BaseException:
+            # One lane has failed, or the user has had enough.
+            ended.set()
+            raise
+
+
+def _stacked(pack: Sequence[Point], hparams: Mapping[Point, HParams]) -> HParams:
+    return loop.stack_hparams([hparams[point] for point in pack])
+
+
+def _run_pack(
+    compiled: Compiled,
+    program: Program,
+    pack: Sequence[Point],
+    hparams: Mapping[Point, HParams],
+    data: PreparedData,
+    data_config: DataConfig,
+    validation: Sequence[Any],
+    work: int,
+    stopped: StoppedPacks,
+    stop: StopRequests,
+    ended: threading.Event,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    stacked = _stacked(pack, hparams)
+    keys = [point.key for point in pack]
+    fresh = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
+    state, first = stopped.restore(keys, fresh)
+    taken = first
+
+    def observe(step: int, metrics: Metrics) -> None:
+        nonlocal taken
+        taken = step
+        if ended.is_set():
+            raise concurrent.futures.CancelledError
+        progress.step(pack, step, np.asarray(metrics.loss), work)
+
+    batches = (train_batch(data, data_config, step) for step in range(first, program.steps))
+    state = loop.run(
+        compiled,
+        state,
+        stacked,
+        batches,
+        first_step=first,
+        last_step=program.steps,
+        observe=observe,
+        after_step=functools.partial(stopped.save, keys),
+        stop=stop,
+    )
+    losses = stopped.saved_when_stopped(
+        keys, program.steps, state, lambda: loop.mean_validation_loss(compiled, state, validation, stop)
+    )
+    diverged_at = np.asarray(state.diverged_at)
+    seconds = time.perf_counter() - start
+    tokens = program.steps * data_config.batch_size * data_config.sequence_length
+    rows = []
+    for index, point in enumerate(pack):
+        lost_at = loop.divergence_step(int(diverged_at[index]), float(losses[index]), program.steps)
+        rows.append(
+            {
+                "preset": point.preset,
+                "optimizer": program.options.name,
+                "base_width": program.config.base_axis_sizes["embed"],
+                "width": point.width,
+                "learning_rate": point.learning_rate,
+                "seed": point.seed,
+                **dict(point.varied),
+                "steps": program.steps,
+                "tokens": tokens,
+                "val_loss": float(losses[index]) if lost_at is None else None,
+                "diverged_at_step": lost_at,
+                "seconds": round(seconds / len(pack), 3),
+            }
+        )
+    progress.finished(rows, (program.steps - taken + first) * work)
+    return rows
+
+
+def _relative_cost(program: Program) -> int:
+    """Multiplications per token, roughly: matrices, plus what does not grow as the square of the width."""
+    config = program.config
+    inner = 2 * config.num_key_heads * config.key_dim + 3 * config.num_value_heads * config.value_dim
+    block = config.width * (inner + 3 * config.mlp_width)
+    # Element-wise work and the delta rule cost as much as 6,000 columns more: 36 ms a step of 1,024 tokens at
+    # width 64 and 185 at width 256 on two CPU cores; on an H100 time is all but proportional to the width.
+    return config.num_layers * (block + 6000 * config.width) + config.width * config.vocab_size

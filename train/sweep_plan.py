@@ -1,0 +1,170 @@
+"""Which width and which points of a sweep run where: a pure function of the plan and the devices.
+
+Points know nothing of each other, so no program spans two processes: each process gets a run of consecutive points,
+worth about as much as those of the others. Inside a process, widths run at the same time, each on devices of its
+own, where there are devices enough; otherwise one after another on all of them.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train.flops import peak_flops, train_flops_per_token
+from train.step import Program
+
+# Widths at the same time overlap their compilations and their hosts' work, which is worth more than what is lost
+# because devices come in whole numbers; up to this factor of the steps' own time.
+_WORTH_OVERLAP = 1.25
+# Units of `Program` cost, a second and CPU core: 36 ms a step of 1,024 tokens at width 64 on two cores.
+_UNITS_PER_CORE_S = 2.4e10
+# Of its peak a small model gets about so much from an accelerator; a guess, for a time that is called one.
+_USUAL_MFU = 0.05
+
+
+class Lane(NamedTuple):
+    """Devices of one process, by their index there, and the widths that they train one after another."""
+
+    process: int
+    devices: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan[Point]:
+    """Lanes that run at the same time, and the points of each process and width."""
+
+    lanes: list[Lane]
+    points: dict[tuple[int, int], list[Point]]
+    per_device: int
+
+    def pack_size(self, lane: Lane) -> int:
+        """Points that a lane trains side by side."""
+        return len(lane.devices) * self.per_device
+
+
+def plan_sweep[Point](
+    points: Mapping[int, Sequence[Point]],
+    costs: Mapping[int, int],
+    *,
+    processes: int,
+    devices: int,
+    per_device: int,
+) -> SweepPlan[Point]:
+    """Places the points of a sweep.
+
+    Args:
+        points: of each width, in the order of the plan.
+        costs: of one point of each width, in any unit.
+        processes: how many there are.
+        devices: of each process.
+        per_device: points that one device trains side by side.
+    """
+    shares = _shares(points, costs, processes, per_device)
+    lanes = []
+    for process in range(processes):
+        mine = {width: len(shares[process, width]) for width in points if shares.get((process, width))}
+        lanes += _lanes(process, mine, costs, devices, per_device)
+    return SweepPlan(lanes, shares, per_device)
+
+
+def _shares[Point](
+    points: Mapping[int, Sequence[Point]], costs: Mapping[int, int], processes: int, per_device: int
+) -> dict[tuple[int, int], list[Point]]:
+    """(process, width) -> points; cut where a process has its part of the cost."""
+    total = sum(costs[width] * len(of_width) for width, of_width in points.items())
+    shares: dict[tuple[int, int], list[Point]] = {}
+    before = 0.0
+    for width, of_width in points.items():
+        # What a device trains side by side stays together.
+        for chunk in itertools.batched(of_width, per_device):
+            cost = costs[width] * len(chunk)
+            process = min(processes - 1, int((before + cost / 2) / total * processes))
+            shares.setdefault((process, width), []).extend(chunk)
+            before += cost
+    return shares
+
+
+def _lanes(
+    process: int, counts: Mapping[int, int], costs: Mapping[int, int], devices: int, per_device: int
+) -> list[Lane]:
+    if not counts:
+        return []
+    everywhere = Lane(process, tuple(range(devices)), tuple(counts))
+    if len(counts) == 1 or devices < len(counts):
+        return [everywhere]
+
+    def time(width: int, share: int) -> int:
+        return math.ceil(counts[width] / (share * per_device)) * costs[width] * per_device
+
+    allotted = dict.fromkeys(counts, 1)
+    for _ in range(devices - len(counts)):
+        slowest = max(counts, key=lambda width: time(width, allotted[width]))
+        allotted[slowest] += 1
+    together = max(time(width, share) for width, share in allotted.items())
+    in_turn = sum(time(width, devices) for width in counts)
+    if together > _WORTH_OVERLAP * in_turn:
+        return [everywhere]
+    ends = list(itertools.accumulate(allotted.values()))
+    return [
+        Lane(process, tuple(range(end - share, end)), (width,))
+        for (width, share), end in zip(allotted.items(), ends, strict=True)
+    ]
+
+
+def describe(
+    plan: SweepPlan, programs: Mapping[int, Program], costs: Mapping[int, int], tokens: int, device: Any
+) -> list[str]:
+    """The plan as lines for a reader: which width and points where, memory and time.
+
+    Args:
+        plan: of the sweep.
+        programs: of each width.
+        costs: of one token of one point of each width, in the units of `train.sweep`.
+        tokens: of one step.
+        device: one of those that the sweep runs on.
+    """
+    lines = []
+    for lane in plan.lanes:
+        first, last = lane.devices[0], lane.devices[-1]
+        where = f"device {first}" if first == last else f"devices {first} to {last}"
+        if lane.process or any(other.process for other in plan.lanes):
+            where = f"process {lane.process}, {where}"
+        for width in lane.widths:
+            program, count = programs[width], len(plan.points[lane.process, width])
+            rounds = math.ceil(count / plan.pack_size(lane))
+            seconds = rounds * program.steps * _step_seconds(program, costs[width], tokens, device)
+            memory = _device_bytes(program, tokens) * min(plan.per_device, count)
+            lines.append(
+                f"width {width}: {count} points on {where}, in {rounds} {'pack' if rounds == 1 else 'packs'}; about "
+                f"{memory / 2**30:.2g} GiB a device, {_duration(seconds * plan.per_device)}"
+            )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _step_seconds(program: Program, cost: int, tokens: int, device: Any) -> float:
+    peak = peak_flops(device)
+    if peak is None:
+        return cost * tokens / _UNITS_PER_CORE_S
+    return train_flops_per_token(program.config) * tokens / (peak * _USUAL_MFU)
+
+
+def _device_bytes(program: Program, tokens: int) -> int:
+    """State and gradients of one point, and roughly what its forward pass keeps: every product of a block once."""
+    config = program.config
+    state = jax.eval_shape(program.init, np.int32(0), program.hparams(1.0, config.preset))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    keys, values = config.num_key_heads * config.key_dim, config.num_value_heads * config.value_dim
+    block = 8 * config.width + 4 * keys + 6 * values + 3 * config.mlp_width
+    width = 4 if config.compute_dtype == "float32" else 2
+    kept = tokens * (width * config.num_layers * block + 3 * 4 * config.vocab_size)
+    return held + gradients + kept
