@@ -288,6 +288,8 @@ def traffic_case():
         "op": [collectives(op_program(4, "chunked", "float32", n, True)[0]) for n in (64, 128)],
         "mixer": [collectives(mixer_program(4, inside=True, length=n)[0]) for n in (64, 128)],
         "gathering": [collectives(gathering_program())],
+        # The program of the case above; it is compiled already.
+        "kernels": [collectives(op_program(4, "mosaic_tpu", "float32", 64, True, True)[0])],
     }
 
 
