@@ -288,26 +288,37 @@ def traffic_case():
         "op": [collectives(op_program(4, "chunked", "float32", n, True)[0]) for n in (64, 128)],
         "mixer": [collectives(mixer_program(4, inside=True, length=n)[0]) for n in (64, 128)],
         "gathering": [collectives(gathering_program())],
+        # The program of the case above; it is compiled already.
+        "kernels": [collectives(op_program(4, "mosaic_tpu", "float32", 64, True, True)[0])],
     }
 
 
-OP_CASES = {
-    f"{implementation} documents {devices}": (
-        "float32",
-        functools.partial(op_case, devices, implementation, documents=True),
-    )
-    for implementation in IMPLEMENTATIONS
-    for devices in (2, 4, 8)
-} | {
-    "one device": ("float32", functools.partial(op_case, 1, "reference")),
-    "chunked 8": ("float32", functools.partial(op_case, 8)),
-    # No power of two, and to the last digits.
-    "float64 5": ("float64", functools.partial(op_case, 5, dtype="float64", length=40)),
-    "bfloat16 8": ("bfloat16", functools.partial(op_case, 8, dtype="bfloat16")),
-    "unchecked 4": ("float32", functools.partial(op_case, 4, "reference", documents=True, check_vma=False)),
-    "gates": ("float32", gates_case),
-    "mosaic_tpu documents 2": ("float32", functools.partial(interpreted_case, 2)),
-}
+OP_CASES = (
+    {
+        f"{implementation} documents {devices}": (
+            "float32",
+            functools.partial(op_case, devices, implementation, documents=True),
+        )
+        for implementation in IMPLEMENTATIONS
+        for devices in (2, 4, 8)
+    }
+    | {
+        "one device": ("float32", functools.partial(op_case, 1, "reference")),
+        "chunked 8": ("float32", functools.partial(op_case, 8)),
+        # No power of two, and to the last digits.
+        "float64 5": ("float64", functools.partial(op_case, 5, dtype="float64", length=40)),
+        "bfloat16 8": ("bfloat16", functools.partial(op_case, 8, dtype="bfloat16")),
+        "unchecked 4": (
+            "float32",
+            functools.partial(op_case, 4, "reference", documents=True, check_vma=False),
+        ),
+        "gates": ("float32", gates_case),
+    }
+    | {
+        f"mosaic_tpu documents {devices}": ("float32", functools.partial(interpreted_case, devices))
+        for devices in (2, 4, 8)
+    }
+)
 MIXER_CASES = {
     "mixer": mixer_case,
     "mixer differentiated inside": functools.partial(mixer_case, inside=True),

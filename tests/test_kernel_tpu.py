@@ -103,6 +103,16 @@ def test_heads_pack_where_two_fill_the_lanes():
     assert [pack(3, 3, 64, 64), pack(2, 6, 64, 64), pack(2, 2, 128, 64), pack(2, 2, 64, 128)] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite"])
+def test_every_kind_of_chip_computes_the_same(kind, monkeypatch):
+    """Where a bundle stores one register the kernels are cut into more regions: two heads walk, then the third."""
+    monkeypatch.setattr(mosaic_tpu, "_target_kind", lambda: kind)
+    x = rounded((1, 40, 3, 3, 64, 128), "float32")
+    actual, wanted = interpreted(KERNEL, x), expected(REFERENCE, x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_definition(case):
     shape, dtype, hard, options = CASES[case]

@@ -114,6 +114,8 @@ def test_only_states_ids_and_halos_travel(measured):
         # One id of each row from each of four devices.
         assert moved(short, "all-gather") == [("s32", 4 * batch)]
         assert {elements for _, elements in moved(short, "collective-permute")} == permuted
+    # Nor do the kernels exchange anything else.
+    assert measured["traffic"]["kernels"] == measured["traffic"]["op"][:1]
     # The final state, and the gradient of the initial one.
     op, _ = measured["traffic"]["op"]
     assert moved(op, "all-reduce") == [("f32", state)] * 2

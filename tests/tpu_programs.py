@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn_jax import GDNConfig
 from gdn_jax.mixer import GatedDeltaNet
-from kernels_pallas import gated_delta_rule
+from kernels_pallas import gated_delta_rule, gated_delta_step
 from kernels_pallas.gated_delta_rule import tpu_compiler
 from kernels_pallas.gated_delta_rule.bundles import profile_pass
 from kernels_pallas.gated_delta_rule.shapes import SHAPES, Shape
@@ -43,34 +43,74 @@ def op(topology, *cases):
     return results
 
 
-def shapes(topology, *names):
-    """Compiles forward and backward at named shapes."""
-    for name in names:
-        for which in ("forward", "backward"):
-            profile_pass(topology, SHAPES[name], "bfloat16", "mosaic_tpu", which)
-    return list(names)
+def alone(topology, *names):
+    """By named shape the op's kernels, and what XLA moves around them, of q's bytes and more.
 
-
-def alone(topology, dim):
-    """What XLA moves around the op, of q's bytes and more, when heads and channels come in one axis."""
-    batch, length, _, heads, *_ = BUDGET_SHAPE
-    key_dim = value_dim = int(dim)
-    key = jax.ShapeDtypeStruct((batch, length, heads * key_dim), jnp.bfloat16)
-    gate = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
-
-    def rule(q, k, v, log_decay, beta):
-        q, k, v = (x.reshape(batch, length, heads, -1) for x in (q, k, v))
-        o, _ = gated_delta_rule(q, k, v, log_decay, beta, implementation="mosaic_tpu")
-        return o.reshape(batch, length, -1)
-
-    def gradients(*x):
-        o, vjp = jax.vjp(rule, *x[:-1])
-        return o, vjp(x[-1])
-
-    operands = (key, key, jax.ShapeDtypeStruct((batch, length, heads * value_dim), jnp.bfloat16), gate, gate)
+    Forward and backward in one program; heads and channels come in one axis, as projections write them.
+    """
     device = tpu_compiler.devices(topology)[0]
-    profile = tpu_compiler.profile(device, gradients, *operands, operands[2], moved_at_least=2 * key.size)
-    return [moved.name for moved in profile.moved]
+    results = {}
+    for name in names:
+        batch, length, key_heads, value_heads, key_dim, value_dim = SHAPES[name]
+        key = jax.ShapeDtypeStruct((batch, length, key_heads * key_dim), jnp.bfloat16)
+        value = jax.ShapeDtypeStruct((batch, length, value_heads * value_dim), jnp.bfloat16)
+        gate = jax.ShapeDtypeStruct((batch, length, value_heads), jnp.float32)
+
+        def gradients(*x, heads=(key_heads, key_heads, value_heads)):
+            def rule(*x):
+                q, k, v = (y.reshape(*y.shape[:2], n, -1) for y, n in zip(x[:3], heads, strict=True))
+                o, _ = gated_delta_rule(q, k, v, *x[3:], implementation="mosaic_tpu")
+                return o.reshape(x[2].shape)
+
+            o, vjp = jax.vjp(rule, *x[:-1])
+            return o, vjp(x[-1])
+
+        operands = (key, key, value, gate, gate, value)
+        profile = tpu_compiler.profile(device, gradients, *operands, moved_at_least=2 * key.size)
+        results[name] = _around(profile)
+    return results
+
+
+# Rows and tokens of a loop that decodes.
+DECODE = Shape(16, 12, 16, 32, 128, 128)
+
+
+def decode(topology, *implementations):
+    """By implementation: what is launched, copied or fused once a token of a loop of single steps."""
+    batch, length, key_heads, value_heads, key_dim, value_dim = DECODE
+    key = jax.ShapeDtypeStruct((length, batch, key_heads, key_dim), jnp.bfloat16)
+    value = jax.ShapeDtypeStruct((length, batch, value_heads, value_dim), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct((length, batch, value_heads), jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, value_heads, key_dim, value_dim), jnp.float32)
+    device = tpu_compiler.devices(topology)[0]
+    results = {}
+    for implementation in implementations:
+
+        def tokens(state, *x, implementation=implementation):
+            def token(state, x):
+                o, state = gated_delta_step(*x, state, qk_norm_eps=1e-6, implementation=implementation)
+                return state, o
+
+            return jax.lax.scan(token, state, x)
+
+        profile = tpu_compiler.profile(
+            device, tokens, state, key, key, value, gate, gate, moved_at_least=4 * state.size
+        )
+        kernels = [launch for launch in profile.launches if launch.kind == "kernel"]
+        results[implementation] = {
+            "kernels": [launch.name.split(".")[0] for launch in kernels],
+            # Per token and value head.
+            "bundles": [launch.bundles / (batch * value_heads) for launch in kernels],
+            "vmem": max((launch.vmem_bytes for launch in kernels), default=0),
+            "moved": [moved.name for moved in profile.moved if moved.calls == length],
+            "xla": profile.bundles("xla") / (length * batch * value_heads),
+        }
+    return results
+
+
+def _around(profile):
+    launches = [launch.name.split(".")[0] for launch in profile.launches if launch.kind == "kernel"]
+    return {"kernels": sorted(launches), "moved": [moved.name for moved in profile.moved]}
 
 
 def _config(**options):
@@ -91,12 +131,7 @@ def mixer(topology):
 
     device = tpu_compiler.devices(topology)[0]
     profile = tpu_compiler.profile(device, gradients, params, x, segment_ids, x, moved_at_least=2 * x.size)
-    return {
-        "kernels": sorted(
-            launch.name.split(".")[0] for launch in profile.launches if launch.kind == "kernel"
-        ),
-        "moved": [moved.name for moved in profile.moved],
-    }
+    return _around(profile)
 
 
 def step(topology):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.gated_delta_rule import mosaic_tpu_step
 from kernels_pallas.gated_delta_rule.checks import (
     check_head_vectors,
     check_scalars,
@@ -173,7 +174,8 @@ def gated_delta_step(
         scale: of the output; None is K^−½.
         qk_norm_eps: if set, q and k are L2-normalised inside.
         active: False leaves a row's state as it is, with o = 0, whatever its other inputs hold.
-        implementation: "chunked", "reference" or None; one token is computed the same way by all.
+        implementation: "mosaic_tpu", one kernel, which changes the state in place: donate it, or hand it on in a
+            loop, lest it be copied first. All others compute one token the same way. None: the kernel on TPUs.
 
     Returns:
         o in the dtype of v, and the state after the token in float32 (float64).
@@ -188,11 +190,16 @@ def gated_delta_step(
     step_q, step_k, step_v, step_decay, step_beta = (x[:, None] for x in (q, k, v, log_decay, beta))
     known_scale, scale = _scale(scale, q.shape[-1])
     operands = Operands(step_q, step_k, step_v, step_decay, step_beta, None, None, scale, state)
-    choose(implementation, operands)
+    kernel = choose(implementation, operands) == "mosaic_tpu"
+    if kernel and (why_not := mosaic_tpu_step.refusal(state)):
+        if implementation is not None:
+            raise NotImplementedError(f"implementation={implementation!r}: {why_not}. Use None or 'chunked'.")
+        kernel = False
     valid = None if active is None else active[:, None]
     core = core_of(Options(False, 1.0, qk_norm_eps, None, known_scale), operands, valid, None)
     q_BHK, k_BHK, v_BGV, log_decay_BG, beta_BG = (x[:, 0].astype(dtype) for x in core[:-1])
-    o, stepped = delta_step(q_BHK, k_BHK, v_BGV, log_decay_BG, beta_BG, core.initial_state)
+    one_token = mosaic_tpu_step.step if kernel else delta_step
+    o, stepped = one_token(q_BHK, k_BHK, v_BGV, log_decay_BG, beta_BG, core.initial_state)
     if active is not None:
         # An inactive row already has β = 0 and α = 1; the output must not read its state.
         o = jnp.where(active[:, None, None], o, 0)

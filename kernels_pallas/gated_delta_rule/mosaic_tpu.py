@@ -53,6 +53,12 @@ def target_platform() -> str:
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
 
 
+def _target_kind() -> str:
+    """The kind of those devices, such as "TPU v5 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind
+
+
 def runs_here() -> bool:
     """Whether what is compiled for has what the kernels need."""
     return target_platform() == "tpu"
@@ -127,6 +133,7 @@ def make_plan(
         compute=compute,
         inverse=compute if one_pass else jnp.dtype(jnp.float32),
         padded=padded,
+        one_store=_target_kind().startswith(tiling.TPU_ONE_STORE),
     )
 
 

@@ -52,6 +52,7 @@ class Plan:
         compute: dtype of what goes into the MXU; float32 takes six passes.
         inverse: the same where the triangular inverse is merged and applied.
         padded: whether a last row of the gates says which tokens count.
+        one_store: whether a bundle of the chip stores only one register: smaller regions, to spill less.
     """
 
     chunk: int
@@ -66,6 +67,7 @@ class Plan:
     compute: Any
     inverse: Any
     padded: bool
+    one_store: bool
 
     @property
     def chunks(self) -> int:
@@ -405,6 +407,17 @@ def _invert(plan: Plan, tiles_ref: Any, inverse_ref: Any) -> None:
             inverse_ref[p] = inverse
 
 
+def _in_regions(plan: Plan, step: Any, parts: Sequence[Callable[[], None]]) -> None:
+    """Runs the parts in order, each in a region of its own: they meet in memory only.
+
+    The compiler schedules a region as a whole and hoists what it can; in one that is too long it spills every fifth
+    store. A condition that is always true, which the compiler does not see, makes a region; neighbours under the same
+    condition would become one.
+    """
+    for which, part in enumerate(parts):
+        pl.when(step < plan.chunks + which)(part)
+
+
 def forward_kernel(plan: Plan, has_state: bool, save_states: bool, *refs: Any) -> None:
     """Chunk n of the forward pass, eq. (6) to (8)."""
     q_ref, k_ref, v_ref, gates_ref, *rest = refs
@@ -427,43 +440,58 @@ def forward_kernel(plan: Plan, has_state: bool, save_states: bool, *refs: Any) -
     mask = _counts(plan, gates_ref, index)
     _store_units(plan, q_ref, k_ref, units_ref, mask)
     log_beta = jnp.log2(jnp.maximum(gates.beta, _LEAST_BETA))
-    for p in range(plan.packs):
-        units = units_ref[plan.unit(p)]
-        products = dot(units, diagonal(units[:chunk]), contract=(1, 1))
-        weights = gates.decay_between(p, above_ref[...], log_beta[p : p + 1, :])
-        lower = weights * products[:chunk]
-        scores_ref[p] = (weights * products[chunk:]).astype(plan.compute)
-        inverse_ref[p] = lower.astype(plan.inverse)
-        tiles_ref[:, p, :] = _to_tiles(lower)
-    _invert(plan, tiles_ref, inverse_ref)
-
     out = gates.decay_out * gates.beta
     decay_across = gates.decay_across(plan.value_dim)
-    for packs in _side_by_side(plan.packs, tiling.TPU_HEADS_FORWARD):
-        states = {p: state_ref[p] for p in packs}
-        if states_ref is not None:
+
+    def score() -> None:
+        for p in range(plan.packs):
+            units = units_ref[plan.unit(p)]
+            products = dot(units, diagonal(units[:chunk]), contract=(1, 1))
+            weights = gates.decay_between(p, above_ref[...], log_beta[p : p + 1, :])
+            lower = weights * products[:chunk]
+            scores_ref[p] = (weights * products[chunk:]).astype(plan.compute)
+            inverse_ref[p] = lower.astype(plan.inverse)
+            tiles_ref[:, p, :] = _to_tiles(lower)
+
+    def walk(groups: Sequence[range]) -> None:
+        for packs in groups:
+            states = {p: state_ref[p] for p in packs}
+            if states_ref is not None:
+                for p in packs:
+                    states_ref[0, 0, p] = states[p].astype(states_ref.dtype)
+            recalled = {
+                p: dot(units_ref[plan.unit(p)], diagonal(states[p].astype(plan.compute))) for p in packs
+            }
+            decay_in = {p: gates.decay_in_column(p, plan.value_dim) for p in packs}
+            written, both = {}, {}
             for p in packs:
-                states_ref[0, 0, p] = states[p].astype(states_ref.dtype)
-        recalled = {p: dot(units_ref[plan.unit(p)], diagonal(states[p].astype(plan.compute))) for p in packs}
-        decay_in = {p: gates.decay_in_column(p, plan.value_dim) for p in packs}
-        written, both = {}, {}
-        for p in packs:
-            v = _values(plan, v_ref, p, mask).astype(jnp.float32)
-            missing = v - decay_in[p] * recalled[p][:chunk]
-            written[p] = _dot(inverse_ref[p], diagonal(missing.astype(plan.inverse)), plan.inverse)
-        for p in packs:
-            keys = _from_diagonal(
-                jnp.transpose(jnp.concatenate([units_ref[plan.unit(p), :chunk]] * pack)), pack
-            )
-            k_out = keys.astype(jnp.float32) * out[p : p + 1, :]
-            both[p] = dot(
-                jnp.concatenate([scores_ref[p], k_out.astype(plan.compute)]),
-                diagonal(written[p].astype(plan.compute)),
-            )
-        for p in packs:
-            o = plan.scale * (decay_in[p] * recalled[p][chunk:] + both[p][:chunk])
-            o_ref[0, :, p * wide_value : (p + 1) * wide_value] = o.astype(o_ref.dtype)
-            state_ref[p] = decay_across[p : p + 1] * states[p] + both[p][chunk:]
+                v = _values(plan, v_ref, p, mask).astype(jnp.float32)
+                missing = v - decay_in[p] * recalled[p][:chunk]
+                written[p] = _dot(inverse_ref[p], diagonal(missing.astype(plan.inverse)), plan.inverse)
+            for p in packs:
+                keys = _from_diagonal(
+                    jnp.transpose(jnp.concatenate([units_ref[plan.unit(p), :chunk]] * pack)), pack
+                )
+                k_out = keys.astype(jnp.float32) * out[p : p + 1, :]
+                both[p] = dot(
+                    jnp.concatenate([scores_ref[p], k_out.astype(plan.compute)]),
+                    diagonal(written[p].astype(plan.compute)),
+                )
+            for p in packs:
+                o = plan.scale * (decay_in[p] * recalled[p][chunk:] + both[p][:chunk])
+                o_ref[0, :, p * wide_value : (p + 1) * wide_value] = o.astype(o_ref.dtype)
+                state_ref[p] = decay_across[p : p + 1] * states[p] + both[p][chunk:]
+
+    if plan.one_store:
+        groups = _side_by_side(plan.packs, tiling.TPU_HEADS_FORWARD_ONE_STORE)
+        _in_regions(plan, index, [score])
+        _invert(plan, tiles_ref, inverse_ref)
+        _in_regions(plan, index, [functools.partial(walk, [packs]) for packs in groups])
+    else:
+        groups = _side_by_side(plan.packs, tiling.TPU_HEADS_FORWARD)
+        score()
+        _invert(plan, tiles_ref, inverse_ref)
+        _in_regions(plan, index, [functools.partial(walk, groups)])
 
     @pl.when(index == plan.chunks - 1)
     def _():
@@ -491,15 +519,6 @@ def _row_sums(terms: Sequence[jax.Array], pack: int) -> jax.Array:
         sums = [jnp.sum(across[s * width : (s + 1) * width], axis=0, keepdims=True) for s in range(pack)]
         rows.append(jnp.concatenate(sums, axis=1))
     return functools.reduce(jnp.add, rows)
-
-
-def _always(plan: Plan, step: Any, which: int) -> Any:
-    """True, which the compiler does not see: what `pl.when` guards with it is a region of its own.
-
-    The compiler schedules a region as a whole and hoists what it can; in one that is too long it spills every fifth
-    store. Neighbouring regions under the same condition become one, hence `which`.
-    """
-    return step < plan.chunks + which
 
 
 def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
@@ -565,8 +584,7 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
         tiles_ref[:, p, :] = _to_tiles(lower)
     _invert(plan, tiles_ref, inverse_ref)
 
-    @pl.when(_always(plan, step, 0))
-    def _():
+    def differentiate() -> None:
         for packs in _side_by_side(plan.packs, tiling.TPU_HEADS_BACKWARD):
             recalled = {p: dot(key(p), entering(p)) for p in packs}
             for p in packs:
@@ -620,9 +638,8 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
                 _store_gradient(plan, k_ref, dk_ref, unit, dkeys.pop(unit), key(p), mask)
                 _store_gradient(plan, q_ref, dq_ref, unit, dqueries.pop(unit), query(p), mask)
 
-    @pl.when(_always(plan, step, 1))
-    def _():
-        for p in range(plan.packs):
+    def update(packs: range) -> None:
+        for p in packs:
             dstate = dstate_ref[p]
             product = dstate * states_ref[0, 0, p].astype(jnp.float32)
             dots_ref[p : p + 1, :] = jnp.sum(product, axis=0, keepdims=True)
@@ -635,6 +652,10 @@ def backward_kernel(plan: Plan, has_state: bool, *refs: Any) -> None:
             )
             # Eq. (11).
             dstate_ref[p] = decay_across[p : p + 1] * dstate + dot_rows(units(p), into)
+
+    state_elements = key_dim * wide_value
+    updates = _side_by_side(plan.packs, max(1, tiling.TPU_REGION_STATE_ELEMENTS // state_elements))
+    _in_regions(plan, step, [differentiate, *(functools.partial(update, packs) for packs in updates)])
 
     # Eq. (23).
     inside, outside, shares = rows_ref[0], rows_ref[1], rows_ref[2]

@@ -50,6 +50,15 @@ TPU_TOKEN_BYTES = 2048
 TPU_HEADS_MERGE = 8
 TPU_HEADS_FORWARD = 4
 TPU_HEADS_BACKWARD = 8
+# A v4, v5e or v5p stores one register a bundle, and forward spilled into 18 % of them (K = V = 128). So there the
+# scores and every two packs of the walk are regions of their own: 8 %, for 4.9 bundles in place of 4.4 on a v5e.
+TPU_ONE_STORE = ("TPU v2", "TPU v3", "TPU v4", "TPU v5")
+TPU_HEADS_FORWARD_ONE_STORE = 2
+# Elements of the states that are updated in one region backward: eight of 128 x 128, two of 256 x 256. All four of
+# these in one spill into 12.7 % of the stores, where two take 9.6 % (v6e; 10.07 and 10.31 bundles).
+TPU_REGION_STATE_ELEMENTS = 8 * 128 * 128
+# States of a program of the single step, which are in VMEM four times: two buffers each way.
+TPU_STEP_BYTES = 2 * 2**20
 # More than the compiler's default share, less than what the smallest chip has (v4: 16 MiB).
 TPU_VMEM_BYTES = 16 * 2**20
 
