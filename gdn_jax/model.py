@@ -174,7 +174,7 @@ def static_rules(model: nnx.Module, config: GDNConfig, optimizer: str | None = N
     Args:
         model: any module whose parameters are declared, abstract or not.
         config: gives preset, sizes and base sizes.
-        optimizer: ``"adamw"`` or ``"sgd"``; ``None``: ``config.optimizer``.
+        optimizer: one of ``mup.OPTIMIZERS``; ``None``: ``config.optimizer``.
     """
     return resolve_rules(
         param_specs(model),

@@ -56,6 +56,37 @@ def test_ratio_of_first_updates_is_the_tables_factor(preset, optimizer, regime):
         np.testing.assert_allclose(ratio, row["lr_multiplier"], rtol=2e-7, err_msg=name)
 
 
+def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    wide = BASE.widen(64, "heads")
+    _, specs, shapes = _abstract(wide)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    gradients = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), shapes)
+
+    def first(optimizer):
+        rules = mup.resolve_rules(
+            specs,
+            preset="mup",
+            optimizer=optimizer,
+            sizes=wide.axis_sizes,
+            base_sizes=wide.base_axis_sizes,
+        )
+        transform = getattr(mup, optimizer)(0.01, specs, rules, clip_norm=None)
+        return _flat(transform.update(gradients, transform.init(gradients), gradients)[0]), rules
+
+    (updates, rules), (plain, _) = first("muon"), first("adamw")
+    for name, spec in _flat(specs).items():
+        if spec.role is not mup.Role.MATRIX:
+            np.testing.assert_array_equal(updates[name], plain[name], name)
+            continue
+        # Each layer by itself, all heads as one matrix.
+        matrices = np.asarray(updates[name]).reshape(wide.num_layers, spec.fan_in, spec.fan_out)
+        size = 0.2 * max(spec.fan_in, spec.fan_out) ** 0.5 * 0.01 * rules.groups[spec.group].lr_multiplier
+        values = np.linalg.svd(matrices, compute_uv=False) / size
+        # Five steps of Newton-Schulz bring singular values to about 1, small ones less so.
+        assert np.all(values < 1.3), name
+        assert np.median(values) > 0.6, name
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("coupled", 0.25), ("width_free", 1.0), ("independent", 1.0)])
 def test_decay_modes(mode, expected):
     wide = BASE.widen(64, "heads")

@@ -80,6 +80,18 @@ def test_table_by_hand(regime, optimizer):
 
 
 @pytest.mark.parametrize("regime", ["heads", "head_dim"])
+def test_muon_by_hand(regime):
+    """Four times as wide, in and out: the RMS-matched update of a matrix shrinks by the root; the rest is AdamW's."""
+    adamw = {row["parameter"]: row for row in rule_rows(BASE.widen(256, regime), "mup", "adamw")}
+    for row in rule_rows(BASE.widen(256, regime), "mup", "muon"):
+        name = row["parameter"]
+        matrix = BY_HAND[regime][name][1:] == _MATRIX[1:] and name.split("/")[-2] not in ("a", "b")
+        assert row["lr_multiplier"] == (0.5 if matrix else adamw[name]["lr_multiplier"]), name
+    for row in rule_rows(BASE.widen(256, regime), "sp", "muon"):
+        assert row["lr_multiplier"] == 1.0, row
+
+
+@pytest.mark.parametrize("regime", ["heads", "head_dim"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_show_rules_prints_the_table_by_hand(regime, optimizer):
     from rich.console import Console
@@ -102,6 +114,10 @@ def test_show_rules_prints_the_table_by_hand(regime, optimizer):
 @pytest.mark.parametrize("preset", mup.PRESETS)
 @pytest.mark.parametrize("optimizer", mup.OPTIMIZERS)
 def test_every_learning_rate_factor_is_one_at_the_base(preset, optimizer):
+    if (preset, optimizer) == ("paper_code", "muon"):
+        with pytest.raises(ValueError, match="the paper's code does; got muon"):
+            rule_rows(BASE, preset, optimizer)
+        return
     for row in rule_rows(BASE, preset, optimizer):
         assert row["lr_multiplier"] == 1.0, row
     model = nnx.eval_shape(lambda: GDNLanguageModel(BASE, rngs=jax.random.key(0)))
@@ -191,7 +207,7 @@ def test_inner_widths_that_lag_are_said_once(caplog):
         (lambda: axis_ratios({"embed": 4}, {}), "missing embed"),
         (lambda: axis_ratios({"embed": 4}, {"embed": 0}), "must be positive"),
         (lambda: rule_rows(BASE, "mupp", "adamw"), "preset must be one of mup, "),
-        (lambda: rule_rows(BASE, "mup", "adam"), "optimizer must be one of adamw, sgd"),
+        (lambda: rule_rows(BASE, "mup", "adam"), "optimizer must be one of adamw, sgd, muon"),
         (lambda: BASE.widen(96, "head_dims"), "regime must be one of heads, head_dim"),
         (lambda: BASE.widen(80, "heads"), "Use a multiple of 32"),
         (lambda: BASE.widen(-64, "heads"), "width must be a positive integer"),

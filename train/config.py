@@ -13,7 +13,7 @@ from gdn_jax.config import GDNConfig
 from gdn_jax.mup.rules import DECAY_MODES, PRESETS
 
 type PresetName = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
-type OptimizerChoice = Literal["adamw", "sgd"]
+type OptimizerChoice = Literal["adamw", "sgd", "muon"]
 type RematName = Literal["none", "block", "projections", "products"]
 type RegimeName = Literal["heads", "head_dim"]
 
@@ -113,7 +113,7 @@ class OptimizerOptions:
     """The optimizer and its schedule; every value is the one at the base width."""
 
     name: Annotated[OptimizerChoice, tyro.conf.arg(name="optimizer", prefix_name=False)] = "adamw"
-    """AdamW, or SGD with Nesterov momentum."""
+    """AdamW; SGD with Nesterov momentum; or Muon for the matrices of the blocks and AdamW for all else."""
     warmup_fraction: float = 0.1
     """Part of the steps over which the learning rate rises from 0."""
     final_fraction: float = 0.1
@@ -125,11 +125,11 @@ class OptimizerOptions:
     clip_norm: float = 1.0
     """One clip by the global norm of the gradient; 0: none."""
     beta1: float = 0.9
-    """AdamW: decay of the first moment."""
+    """AdamW, also beside Muon: decay of the first moment."""
     beta2: float = 0.95
-    """AdamW: decay of the second moment."""
+    """AdamW, also beside Muon: decay of the second moment."""
     epsilon: float = 1e-8
-    """AdamW: epsilon."""
+    """AdamW, also beside Muon: epsilon."""
     momentum: float = 0.98
     """SGD: Nesterov momentum."""
 

@@ -28,7 +28,7 @@ QUANTITIES = (
     "logits",
 )
 KINDS = ("absolute", "change", "update", "gradient")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "muon")
 # Growing with width: the number of heads, or their size.
 REGIMES = ("heads", "head_dim")
 
@@ -44,6 +44,7 @@ _TOY = "limit measured once at toy sizes"
 _STABLE = f"arXiv:2203.03466 app. D, {_TOY}"
 _GATES = f"arXiv:2606.04048, gate rates n^(-1/2) under SGD, {_TOY}"
 _SILU = f"SiLU gives q and k a common mean, which leaves W_q and W_k under-trained, {_TOY}"
+_MUON = f"one step after the readout left zero: measured +0.21 to +0.28, gone by step 10, {_TOY}"
 _UPDATE = f"arXiv:2310.17813, {_TOY}; about -1 or +1 means a wrong role"
 
 
@@ -90,6 +91,10 @@ BOUNDS = (
     Bound("absolute", 0.05, _STABLE),
     Bound("change", 0.10, _STABLE, _of("residual", "final_norm", "mixer_output"), "adamw"),
     Bound("change", 0.20, _STABLE, None, "adamw"),
+    Bound("change", 0.10, _STABLE, _of("residual", "final_norm", "mixer_output"), "muon", from_step=10),
+    Bound("change", 0.20, _STABLE, _of("mlp_output"), "muon", from_step=10),
+    Bound("change", 0.35, _MUON, _of("residual", "final_norm", "mixer_output", "mlp_output"), "muon"),
+    Bound("change", 0.20, _STABLE, None, "muon"),
     Bound("change", 0.15, _GATES, _of("gate_a", "gate_b", "mixer_output", "residual"), "sgd", "heads", 10),
     Bound("change", 0.35, _SILU, _of("q", "k", "state"), "sgd", "heads", 10),
     Bound("change", 0.20, _STABLE, None, "sgd", "heads"),
@@ -131,6 +136,17 @@ CONTROLS = (
         # Step 2: there the slopes are straight (+0.6 to +1.0 at widths 64 to 512, learning rates 2^-8 and 2^-7); by
         # step 10 the widest models have blown up and saturated, and the same slopes scatter from +0.1 to +1.0.
         step=2,
+    ),
+    Control(
+        "sp",
+        "muon",
+        "update",
+        tuple(
+            f"layers/{name}/kernel"
+            for name in ("mixer/q", "mixer/k", "mixer/v", "mixer/o", "mlp/up", "mlp/down")
+        ),
+        0.3,
+        "arXiv:2310.17813: an orthogonal update of a constant RMS grows as the root of the width",
     ),
     Control(
         "sp",

@@ -28,7 +28,7 @@ class CoordOptions:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the initialisation; at least 3, and mostly 5 for a standard error of 0.05."""
     learning_rate: float | None = None
-    """At the base width, near its optimum (a tiny one would pass anything); by default 2^-8 for AdamW, 2^-2 for SGD."""
+    """At the base width, near its optimum (a tiny one would pass anything); by default 2^-8, for SGD 2^-2."""
 
     def __post_init__(self) -> None:
         widths = sorted(set(self.widths))
@@ -79,7 +79,7 @@ def run_coord_check(
     base = model.with_base(min(options.widths))
     configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
     make_writable(options.out)
-    rate = options.learning_rate or (2.0**-8 if optimizer.name == "adamw" else 2.0**-2)
+    rate = options.learning_rate or (2.0**-2 if optimizer.name == "sgd" else 2.0**-8)
     gates_differ = optimizer.name == "sgd" and model.regime == "head_dim"
     presets = options.presets or ("mup", "sp", *(("mup_standard",) if gates_differ else ()))
     # One batch, trained on and measured on: on another one, what training adds is mostly noise at these few steps,

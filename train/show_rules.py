@@ -108,7 +108,7 @@ def _caption(config: GDNConfig, preset: str, optimizer: str) -> str:
         base_sizes=config.base_axis_sizes,
     )
     text = f"logits × {describe_ratio(rules.logits_multiplier)}"
-    if optimizer == "adamw":
+    if optimizer != "sgd":
         text += f", Adam ε × {describe_ratio(rules.epsilon_multiplier)}"
     if rules.residual_multiplier != 1:
         text += f"; blocks, for their depth: what they add × {describe_ratio(rules.residual_multiplier)}"

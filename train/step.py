@@ -142,8 +142,9 @@ class Program:
             "clip_norm": options.clip_norm or None,
             "peak_learning_rate": peak,
         }
-        if options.name == "adamw":
-            return mup.adamw(
+        if options.name != "sgd":
+            with_adam = mup.adamw if options.name == "adamw" else mup.muon
+            return with_adam(
                 learning_rate,
                 self.specs,
                 hparams.rules,

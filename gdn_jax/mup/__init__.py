@@ -1,7 +1,7 @@
 """The muP engine: axes and roles of parameters, the rule table, and the optimizers that apply it."""
 
 from gdn_jax.mup.axes import axis_ratios
-from gdn_jax.mup.optim import adamw, group_labels, sgd
+from gdn_jax.mup.optim import adamw, group_labels, muon, sgd
 from gdn_jax.mup.rules import (
     DECAY_MODES,
     OPTIMIZERS,
@@ -29,6 +29,7 @@ __all__ = [
     "axis_ratios",
     "group_labels",
     "init_scale",
+    "muon",
     "param_rule",
     "resolve_rules",
     "sgd",

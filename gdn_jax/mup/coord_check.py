@@ -56,7 +56,7 @@ def measure(
     Args:
         config: the model, with its base; float32, untied.
         preset: parametrization.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: one of ``mup.OPTIMIZERS``.
         learning_rate: at the base; a tuned optimum, since a tiny one would pass anything.
         seeds: of the initialisation; >= 3 for a standard error.
         batches: one per step.
@@ -131,6 +131,8 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
     def transform(rate: Any, rules: mup.Rules) -> optax.GradientTransformation:
         if optimizer == "adamw":
             return mup.adamw(rate, specs, rules, eps=_CHECK_EPSILON, clip_norm=None)
+        if optimizer == "muon":
+            return mup.muon(rate, specs, rules, eps=_CHECK_EPSILON, clip_norm=None)
         return mup.sgd(rate, specs, rules, momentum=momentum, clip_norm=None)
 
     def model_of(params: Any, rules: mup.Rules) -> GDNLanguageModel:

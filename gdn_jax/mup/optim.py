@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from gdn_jax.mup.rules import DECAY_MODES, ParamRule, Rules, effective_decay, spec_leaves
-from gdn_jax.mup.spec import ParamSpec
+from gdn_jax.mup.spec import ParamSpec, Role
 
 type ScalarOrSchedule = Any
+
+# RMS of an entry of AdamW's updates, as measured by arXiv:2502.16982.
+_ADAM_RMS = 0.2
 
 
 def adamw(
@@ -48,9 +52,55 @@ def adamw(
         ValueError: an unknown decay mode, or ``independent`` with a schedule and no peak.
     """
 
-    def core(in_block: bool) -> optax.GradientTransformation:
-        depth = rules.block_epsilon_multiplier if in_block else 1.0
-        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps * rules.epsilon_multiplier * depth)
+    def core(spec: ParamSpec) -> optax.GradientTransformation:
+        return _adam(spec, rules, b1, b2, eps)
+
+    return _partitioned(
+        core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
+    )
+
+
+def _adam(spec: ParamSpec, rules: Rules, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    depth = rules.block_epsilon_multiplier if spec.in_block else 1.0
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps * rules.epsilon_multiplier * depth)
+
+
+def muon(
+    learning_rate: ScalarOrSchedule,
+    specs: Any,
+    rules: Rules,
+    *,
+    momentum: float = 0.95,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    decay_mode: str = "width_free",
+    clip_norm: float | None = 1.0,
+    peak_learning_rate: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices of the blocks, AdamW for all else, with the rule table's learning rates.
+
+    A matrix's update is its momentum made orthogonal (``optax.contrib.scale_by_muon``; all heads are one matrix, every
+    layer has its own), times ``0.2 sqrt(max(fan_in, fan_out))``: its RMS is then about AdamW's, and one
+    learning rate and decay serve both (arXiv:2502.16982).
+
+    Arguments as :func:`adamw`; ``momentum`` is Muon's, ``b1``, ``b2`` and ``eps`` are AdamW's. ``rules`` must have
+    been resolved for ``optimizer="muon"``.
+    """
+
+    def core(spec: ParamSpec) -> optax.GradientTransformation:
+        if spec.role is not Role.MATRIX:
+            return _adam(spec, rules, b1, b2, eps)
+        places = optax.contrib.MuonDimensionNumbers(
+            tuple(spec.axes.index(axis) for axis in spec.in_axes),
+            tuple(spec.axes.index(axis) for axis in spec.out_axes),
+        )
+        orthogonal = optax.contrib.scale_by_muon(
+            beta=momentum,
+            weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: places, updates),
+        )
+        return optax.chain(orthogonal, optax.scale(_ADAM_RMS * max(spec.fan_in, spec.fan_out) ** 0.5))
 
     return _partitioned(
         core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
@@ -75,7 +125,7 @@ def sgd(
     resolved for ``optimizer="sgd"``.
     """
 
-    def core(_: bool) -> optax.GradientTransformation:
+    def core(_: ParamSpec) -> optax.GradientTransformation:
         return optax.trace(decay=momentum, nesterov=nesterov)
 
     return _partitioned(
@@ -93,7 +143,7 @@ def _label(spec: ParamSpec) -> str:
 
 
 def _partitioned(
-    core: Callable[[bool], optax.GradientTransformation],
+    core: Callable[[ParamSpec], optax.GradientTransformation],
     learning_rate: ScalarOrSchedule,
     specs: Any,
     rules: Rules,
@@ -118,7 +168,7 @@ def _partitioned(
         if spec.in_block:
             rule = rule._replace(lr_multiplier=rule.lr_multiplier * rules.block_lr_multiplier)
         step_size = _step_size(rule, learning_rate, weight_decay, decay_mode, peak_learning_rate)
-        transforms[_label(spec)] = optax.chain(core(spec.in_block), step_size)
+        transforms[_label(spec)] = optax.chain(core(spec), step_size)
     partition = optax.partition(transforms, group_labels(specs))
     # One clip, outside the partition: inside, each group would be clipped on its own.
     return (

@@ -4,8 +4,8 @@ Everything is a function of the ratios of a parameter's in and out axes to the b
 base every factor is exactly 1. One form gives both regimes: head dims fixed and head counts growing,
 and head counts fixed and head dims growing (arXiv:2606.04048). Sources: Tensor Programs V
 (arXiv:2203.03466, table 8), arXiv:2606.04048 for the gates under SGD, arXiv:2407.05872 for Adam's
-epsilon. Derivation: a coordinate of a hidden vector of width m has a gradient of Theta(1/m); a
-per-head gate collects d_v such terms, which add incoherently.
+epsilon, arXiv:2310.17813 for Muon. Derivation: a coordinate of a hidden vector of width m has a gradient
+of Theta(1/m); a per-head gate collects d_v such terms, which add incoherently.
 
 A preset is a table of rows, never a copy of the model. The values may be traced: a compiled step
 takes them as arguments, so that one program serves every preset.
@@ -22,7 +22,7 @@ from gdn_jax.mup import axes as ax
 from gdn_jax.mup.spec import ParamSpec, Role
 
 type Preset = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
-type OptimizerName = Literal["adamw", "sgd"]
+type OptimizerName = Literal["adamw", "sgd", "muon"]
 PRESETS: tuple[str, ...] = get_args(Preset.__value__)
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName.__value__)
 
@@ -61,6 +61,7 @@ class _Dims:
     """What a rule may depend on."""
 
     fan_in: int
+    fan_out: int
     r_in: float
     r_out: float
     # Ratio of the value head dim: the number of terms that a per-head gate's gradient collects.
@@ -79,6 +80,8 @@ class _Row:
     sgd: _Factor
     adamw: _Factor
     decay: bool = False
+    # None: as AdamW, which trains all but the matrices then.
+    muon: _Factor | None = None
 
 
 def _one(_: _Dims) -> float:
@@ -90,6 +93,13 @@ def _fan_in_std(d: _Dims) -> float:
     return d.fan_in**-0.5
 
 
+def _muon_rate(d: _Dims) -> float:
+    # The update is orthogonal, times sqrt(max(fan_in, fan_out)) for its RMS (`optim.muon`). To move a vector of
+    # entries Theta(1) by as much, its spectral norm must grow as sqrt(fan_out / fan_in).
+    largest, at_base = max(d.fan_in, d.fan_out), max(d.fan_in / d.r_in, d.fan_out / d.r_out)
+    return (d.r_out / d.r_in * at_base / largest) ** 0.5
+
+
 def _constant(value: float) -> _Factor:
     return lambda _: value
 
@@ -97,7 +107,9 @@ def _constant(value: float) -> _Factor:
 # Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gates from
 # arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
 _MUP: dict[Role, _Row] = {
-    Role.MATRIX: _Row(_fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True),
+    Role.MATRIX: _Row(
+        _fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True, muon=_muon_rate
+    ),
     Role.GATE_MATRIX: _Row(
         _fan_in_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in
     ),
@@ -118,11 +130,13 @@ _MUP_STANDARD = _MUP | {
 }
 
 # Standard parametrization with the same base as mup, so that the two coincide there.
-_SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one) for role, row in _MUP.items()}
+_SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one, muon=_one) for role, row in _MUP.items()}
 
 # Ablation: embedding learning rate alone (arXiv:2605.21486 says it explains most of muP's gain).
 _SP_EMBEDDING = _SP | {
-    Role.EMBEDDING: dataclasses.replace(_SP[Role.EMBEDDING], adamw=lambda d: d.r, sgd=lambda d: d.r)
+    Role.EMBEDDING: dataclasses.replace(
+        _SP[Role.EMBEDDING], adamw=lambda d: d.r, sgd=lambda d: d.r, muon=None
+    )
 }
 
 # The paper's baseline: standard deviation 0.02 for everything drawn at random, one learning rate.
@@ -188,6 +202,10 @@ def check_preset(preset: str, optimizer: str) -> None:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}.")
+    if preset == "paper_code" and optimizer == "muon":
+        raise ValueError(
+            "preset paper_code knows adamw and sgd, as the paper's code does; got muon. Use mup or sp."
+        )
 
 
 def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRatios, width: int) -> ParamRule:
@@ -196,7 +214,7 @@ def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRati
     Args:
         spec: the parameter's declaration.
         preset: one of ``PRESETS``.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: one of ``OPTIMIZERS``.
         ratios: axis name to size / base size.
         width: size of the ``embed`` axis (only ``paper_code`` uses it).
 
@@ -210,13 +228,14 @@ def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRati
     row = _table(preset, optimizer)[spec.role]
     dims = _Dims(
         fan_in=spec.fan_in,
+        fan_out=spec.fan_out,
         r_in=ax.product(ratios, spec.in_axes),
         r_out=ax.product(ratios, spec.out_axes),
         r_value_dim=ratios.get(ax.VALUE_DIM, 1.0),
         n=width,
         r=ratios[ax.EMBED],
     )
-    factor = row.adamw if optimizer == "adamw" else row.sgd
+    factor = {"adamw": row.adamw, "sgd": row.sgd, "muon": row.muon or row.adamw}[optimizer]
     return ParamRule(row.init_std(dims), factor(dims), float(row.decay))
 
 
@@ -228,7 +247,7 @@ def resolve_rules(
     Args:
         specs: tree of :class:`ParamSpec` (``params.param_specs``).
         preset: one of ``PRESETS``.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        optimizer: one of ``OPTIMIZERS``.
         sizes: axis sizes of the model.
         base_sizes: axis sizes of the base model; ``None``: the model is its own base.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 
 
 class Role(enum.StrEnum):
@@ -43,6 +44,13 @@ class ParamSpec:
     role: Role
     fan_in: int
     sizes: tuple[int, ...]
+
+    @property
+    def fan_out(self) -> int:
+        """Number of values that it produces: the size of the out axes."""
+        return math.prod(
+            size for axis, size in zip(self.axes, self.sizes, strict=True) if axis in self.out_axes
+        )
 
     @property
     def in_block(self) -> bool:
