@@ -153,9 +153,10 @@ def phase(out, first):
     """What a run is doing, as far as its folder tells."""
     if last_step(out) <= first:
         return "starting"
-    if any((out / "checkpoints").glob("*.partial*")):
-        return "saving"
-    return "evaluating" if _evaluates(out) else "training"
+    saves, evaluates = any((out / "checkpoints").glob("*.partial*")), _evaluates(out)
+    if evaluates:
+        return "evaluating and saving" if saves else "evaluating"
+    return "saving" if saves else "training"
 
 
 def strike(process, number, timeout=GRACE_S):
