@@ -115,8 +115,8 @@ def sweep(
 
     struck = 0
     while struck < count:
-        # So many rows a process that the last kill comes before the last row.
-        before, more = done(), rng.random() < (len(widths) * rates - 2) / count
+        # So few rows a process that the last kill comes before the last row, also where some give two.
+        before, more = done(), rng.random() < 0.6 * len(widths) * rates / count
         process, delay = start(words[name]), rng.uniform(0.0, 0.1) if more else rng.uniform(0.5, 6)
         while more and process.poll() is None and done() == before:
             time.sleep(0.002)
