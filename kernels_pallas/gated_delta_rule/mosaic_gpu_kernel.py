@@ -242,7 +242,9 @@ def inverse_scratch(plan: Plan) -> dict[str, Any]:
         "gamma_columns": plain(CHUNK),
         "root_rows": plain(CHUNK),
         "root_columns": plain(CHUNK),
-        "factor": tiled(_SQUARE, jnp.float16),
+        "a": tiled(_SQUARE, jnp.float16),
+        "inverse": tiled(_SQUARE, jnp.float16),
+        "product": tiled(_SQUARE, jnp.float16),
         "result": tiled(_SQUARE, plan.compute),
         "came": plgpu.Barrier(num_arrivals=5),
     }
@@ -269,24 +271,23 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
 
     # Eq. (24), of which only what lies below the diagonal is used.
     a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
-    a = a * decay
     row, column = _indices(s["gamma_rows"])
-    inverse = jnp.where(row == column, 1.0, 0.0)
-    block = 1
+    a = jnp.where(row > column, a * decay, 0.0)
+    s["a"][...] = a.astype(jnp.float16)
+    # Blocks of two: 1 on the diagonal, −A below it.
+    inverse = jnp.where(row == column, 1.0, jnp.where(lax.bitwise_xor(row, column) == 1, -a, 0.0)).astype(
+        jnp.float16
+    )
+    block = 2
     while block < CHUNK:
-        same = lax.div(row, 2 * block) == lax.div(column, 2 * block)
-        below = same & (lax.rem(row, 2 * block) >= block) & (lax.rem(column, 2 * block) < block)
-        corner = jnp.where(below, a, 0.0)
-        if block == 1:
-            inverse = inverse - corner
-        else:
-            half = inverse.astype(jnp.float16)
-            s["factor"][...] = half
-            plgpu.commit_smem()
-            product = _dot(plan, corner.astype(jnp.float16), s["factor"]).astype(jnp.float16)
-            s["factor"][...] = product
-            plgpu.commit_smem()
-            inverse = inverse - _dot(plan, half, s["factor"])
+        s["inverse"][...] = inverse
+        plgpu.commit_smem()
+        s["product"][...] = _dot(plan, s["a"], s["inverse"]).astype(jnp.float16)
+        plgpu.commit_smem()
+        product = _dot(plan, s["inverse"], s["product"]).astype(jnp.float16)
+        # Of it only the corners count: in different blocks of `block` and in the same of twice as many.
+        apart = lax.bitwise_xor(*_indices(s["gamma_rows"]))
+        inverse = inverse - jnp.where((apart >= block) & (apart < 2 * block), product, jnp.float16(0.0))
         block *= 2
     s["result"][...] = inverse.astype(plan.compute)
     plgpu.commit_smem()
