@@ -764,7 +764,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
         # γ is at most 0, which the compiler does not know.
         zero = jnp.where(s[gamma][0, 0] > 1.0, 1, 0)
 
-        def at(name: str, *indices: int) -> Any:
+        def at(name: str, *indices: Any) -> Any:
             return s[name].at[tuple(zero + i for i in indices or (0,))]
 
         def put(name: str, values: jax.Array) -> None:
