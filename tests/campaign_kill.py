@@ -90,7 +90,7 @@ def sweep(
     seed,
     widths=(16, 32, 48),
     rates=8,
-    steps=12,
+    steps=100,
     number=signal.SIGKILL,
     say=tell,
 ):
@@ -117,7 +117,7 @@ def sweep(
     while struck < count:
         # So few rows a process that the last kill comes before the last row, also where some give two.
         before, more = done(), rng.random() < 0.6 * len(widths) * rates / count
-        process, delay = start(words[name]), rng.uniform(0.0, 0.1) if more else rng.uniform(0.5, 6)
+        process, delay = start(words[name]), rng.uniform(0.0, 0.1) if more else rng.uniform(0.5, 3)
         while more and process.poll() is None and done() == before:
             time.sleep(0.002)
         time.sleep(delay)
