@@ -314,6 +314,21 @@ def test_choice_is_logged_once(caplog):
     ]
 
 
+def test_a_hopper_gpu_takes_its_kernels_where_it_can(monkeypatch):
+    monkeypatch.setattr(implementations.mosaic_gpu, "runs_here", lambda: True)
+    x = small()
+    narrow = {name: y.astype(jnp.bfloat16) for name, y in x.items() if name in "qkv"}
+
+    def chosen(q, k, v, precision=None):
+        operands = implementations.Operands(q, k, v, x["log_decay"], x["beta"], None, None, None, None)
+        return implementations.choose(None, operands, precision)
+
+    assert chosen(**narrow) == "mosaic_gpu"
+    # What they cannot do is done by plain JAX, and only what names them is refused.
+    assert chosen(**narrow, precision="highest") == "chunked"
+    assert chosen(x["q"], x["k"], x["v"]) == "chunked"
+
+
 def test_bench_prints_a_row_per_implementation(capsys, monkeypatch):
     module = importlib.import_module("kernels_pallas.gated_delta_rule.bench")
     monkeypatch.setitem(module.SHAPES, "cpu", module.Shape(1, 20, 1, 1, 4, 4))

@@ -134,7 +134,7 @@ def test_refuses_by_name():
         wide = rounded((1, 8, 1, 1, 300, 64), "bfloat16")
         with pytest.raises(NotImplementedError, match="K must be at most 256; got 300"):
             KERNEL(**wide)
-        with pytest.raises(NotImplementedError, match="inverts in float16"):
+        with pytest.raises(NotImplementedError, match="the kernels invert in float16"):
             KERNEL(**x, inverse_precision="highest")
         # Named implementations never fall back; None does not take an interpreter.
         assert np.isfinite(np.asarray(gated_delta_rule(**x)[0], np.float32)).all()

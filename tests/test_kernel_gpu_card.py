@@ -155,6 +155,7 @@ def test_contents_of_a_signature(shape):
         for name, value in first.items():
             np.testing.assert_array_equal(value, again[name], name)
     print({name: f"{error:.1e} in {number}" for name, (error, number) in worst.items()})
+    # Seen: 1.0 % at β = 2 with nearly equal keys, 1.3 % for the dβ of a single token, where no rounding averages out.
     assert max(worst.values())[0] <= 0.02, worst
 
 

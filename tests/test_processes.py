@@ -18,7 +18,8 @@ from train.distributed import is_cluster, start_processes
 from train.mesh import MeshShape, build_mesh, process_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
-PLATFORM = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+# No cache: as in test_mesh.py.
+PLATFORM = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def start(folder, command, processes, devices, *words):

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 import tiny
 
 from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
+from train.step import TrainState
+from train.stopped_packs import StoppedPacks
 from train.sweep import run_sweep
 from train.sweep_options import SweepOptions
 from train.sweep_points import Point, Progress, packs, plan_points
@@ -230,3 +233,23 @@ def test_killed_three_times_it_ends_with_the_same_rows(finished):
     # The order of the plan, in which one process would have written them.
     assert list(map(_without_timing, killed)) == list(map(_without_timing, rows))
     assert (out / "transfer.png").exists()
+
+
+def test_a_damaged_stopped_pack_begins_anew_and_is_named(tmp_path, caplog):
+    stopped, keys = StoppedPacks(tmp_path, "config"), [("mup", 8, 0.01, 0, ())]
+
+    def state(value):
+        return TrainState({"w": jnp.full(3, value)}, {}, (), jnp.int32(value), jnp.int32(-1))
+
+    stopped.save(keys, 5, state(7.0))
+    restored, step = stopped.restore(keys, state(0.0))
+    assert (restored.params["w"].tolist(), int(restored.step), step) == ([7.0] * 3, 7, 5)
+    (path,) = (tmp_path / "stopped").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(bytes(content))
+    fresh = state(0.0)
+    restored, step = stopped.restore(keys, fresh)
+    assert restored is fresh
+    assert step == 0
+    assert "is damaged: its points are trained from the start" in caplog.text

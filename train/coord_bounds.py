@@ -91,6 +91,7 @@ BOUNDS = (
     Bound("absolute", 0.05, _STABLE),
     Bound("change", 0.10, _STABLE, _of("residual", "final_norm", "mixer_output"), "adamw"),
     Bound("change", 0.20, _STABLE, None, "adamw"),
+    # Measured where head counts grow; where head dims do they hold until they are measured there, too.
     Bound("change", 0.10, _STABLE, _of("residual", "final_norm", "mixer_output"), "muon", from_step=10),
     Bound("change", 0.20, _STABLE, _of("mlp_output"), "muon", from_step=10),
     Bound("change", 0.35, _MUON, _of("residual", "final_norm", "mixer_output", "mlp_output"), "muon"),

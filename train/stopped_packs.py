@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from train.interrupts import Stopped
 from train.ledger import fingerprint
 from train.step import TrainState
+
+_LOG = logging.getLogger(__name__)
 
 # Beside the arrays of the state, which are named by their number.
 _STEPS = "steps"
@@ -43,6 +46,7 @@ class StoppedPacks:
         except FileNotFoundError:
             return fresh, 0
         if hashlib.sha256(content).hexdigest().encode() != digest:
+            _LOG.warning("%s is damaged: its points are trained from the start", self._of(keys))
             return fresh, 0
         leaves, structure = jax.tree.flatten(fresh)
         with np.load(io.BytesIO(content)) as saved:

@@ -124,7 +124,7 @@ def describe(
     Args:
         plan: of the sweep.
         programs: of each width.
-        costs: of one token of one point of each width, in the units of `train.sweep`.
+        costs: of one token of one point of each width, as `plan_sweep` was given them.
         tokens: of one step.
         device: one of those that the sweep runs on.
     """

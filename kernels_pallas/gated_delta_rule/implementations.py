@@ -251,11 +251,6 @@ def _gpu_run(
     options: Options, operands: Operands, valid: Array | None, reset: Array | None, *, save_states: bool
 ) -> tuple[tuple[Array, Array], Any]:
     assert options.scale is not None
-    if options.inverse_precision is not None:
-        raise NotImplementedError(
-            "implementation='mosaic_gpu' inverts in float16, whatever inverse_precision is; got "
-            f"{options.inverse_precision!r}. Leave it away, or use 'chunked'."
-        )
     core = _kernel_core(options, operands, valid, reset, prepare=True)
     plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
     o, final_state, saved = mosaic_gpu.forward(plan, *core[:-1], core.initial_state, save_states=save_states)
@@ -339,7 +334,7 @@ def _log_choice(chosen: str, why: str) -> None:
     _LOG.info("gated_delta_rule: implementation=None takes %r: %s", chosen, why)
 
 
-def choose(implementation: str | None, operands: Operands) -> str:
+def choose(implementation: str | None, operands: Operands, inverse_precision: Any = None) -> str:
     """The name of the implementation that runs: the one asked for, or the best that can.
 
     Raises:
@@ -361,13 +356,13 @@ def choose(implementation: str | None, operands: Operands) -> str:
                 f"implementation={implementation!r} runs on {made_for}; this is a {mosaic_tpu.target_platform()}. "
                 f"Use None, or interpret it with jax.experimental.pallas.{interpret_mode}()."
             )
-        if why_not := kernels.refusal(q, k, v):
+        if why_not := kernels.refusal(q, k, v, inverse_precision):
             raise NotImplementedError(f"implementation={implementation!r}: {why_not}. Use None or 'chunked'.")
         return implementation
     # Interpreted kernels must be named, since they are slow.
     for name, (kernels, made_for, _) in _KERNELS.items():
         if kernels.runs_here():
-            why_not = kernels.refusal(q, k, v)
+            why_not = kernels.refusal(q, k, v, inverse_precision)
             chosen = "chunked" if why_not else name
             _log_choice(chosen, f"{name}: {why_not}" if why_not else f"these are {made_for}")
             return chosen
@@ -384,7 +379,8 @@ def run(
     implementation: str | None,
 ) -> tuple[Array, Array | None]:
     """What `gated_delta_rule` returns, of operands that were checked."""
-    implement = functools.partial(_IMPLEMENTATIONS[choose(implementation, operands)], options)
+    chosen = choose(implementation, operands, options.inverse_precision)
+    implement = functools.partial(_IMPLEMENTATIONS[chosen], options)
     before = None
     if sequence_axis is not None:
         implement = split_run(implement, sequence_axis, return_final_state)

@@ -33,8 +33,10 @@ _FORGET_LOG2 = -160.0
 _LEAST_BETA = 2.0**-24
 
 
-def refusal(q: Array, k: Array, v: Array) -> str | None:
-    """Why the kernels cannot take these operands, or None. Shapes and dtypes alone decide."""
+def refusal(q: Array, k: Array, v: Array, inverse_precision: Any) -> str | None:
+    """Why the kernels cannot take these operands, or None. Shapes, dtypes and the precision asked for decide."""
+    if inverse_precision is not None:
+        return f"the kernels invert in float16; got inverse_precision={inverse_precision!r}"
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or dtypes.pop() not in _DTYPES:
         return f"q, k and v must all be bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}"

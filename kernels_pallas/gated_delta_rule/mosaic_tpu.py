@@ -30,8 +30,9 @@ MAX_DIM = _DIMS[-1]
 _GRID = ("parallel", "parallel", "arbitrary")
 
 
-def refusal(q: Array, k: Array, v: Array) -> str | None:
-    """Why the kernels cannot take these operands, or None. Shapes and dtypes alone decide."""
+def refusal(q: Array, k: Array, v: Array, inverse_precision: Any) -> str | None:
+    """Why the kernels cannot take these operands, or None. Shapes and dtypes alone decide: any precision will do."""
+    del inverse_precision
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or dtypes.pop() not in _DTYPES:
         return f"q, k and v must all be bfloat16 or all float32; got {q.dtype}, {k.dtype} and {v.dtype}"
