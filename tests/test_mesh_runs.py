@@ -97,7 +97,8 @@ def test_parts_of_a_batch_nans_and_coordinates_on_a_mesh(alone, processes, devic
     ):
         assert row["step"] == other["step"]
         for name, sizes in row["absolute"].items():
-            np.testing.assert_allclose(sizes, other["absolute"][name], rtol=1e-3, err_msg=name)
+            # Sums in another order.
+            np.testing.assert_allclose(sizes, other["absolute"][name], rtol=2e-5, err_msg=name)
     assert rows_read(folder, out) == rows_read(folder, "alone")
 
 
