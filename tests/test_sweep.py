@@ -43,6 +43,9 @@ def test_rates():
     assert parse_rates(("2^-3",)) == (0.125,)
     assert parse_rates(("2^-3..2^-2",)) == (0.125, 2**-2.5, 0.25)
     assert parse_rates(("0.1", "0.01", "0.1")) == (0.01, 0.1)
+    # Ranges that begin on a half octave meet those that do not, exactly.
+    assert set(parse_rates(("2^-8.5..2^-3.5",))) <= set(parse_rates(("2^-9..2^-3",)))
+    assert parse_rates(("0.001..0.004",))[0] == 0.001
     for wrong, message in (
         ("0", "positive and finite; got 0"),
         ("-1", "positive and finite; got -1"),

@@ -78,6 +78,14 @@ def test_committed_rows_keep_their_keys():
     assert point_key(row | {"gate_lr": 2.0}) != point_key(row)
 
 
+def test_a_rate_computed_in_another_way_is_the_same_point():
+    """Ledgers hold 2^-8 as 2^-8.5 · 2^0.5, too, which differs in the last digit: it must not be run again."""
+    row = {"preset": "mup", "width": 64, "learning_rate": 2.0**-8.5 * 2.0**0.5, "seed": 0}
+    assert row["learning_rate"] != 2**-8
+    assert Point("mup", 64, 2**-8, 0).key == point_key(row)
+    assert Point("mup", 64, 2**-8 * 1.0001, 0).key != point_key(row)
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [

@@ -9,18 +9,19 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from train.vary import not_default
+from train.vary import LEARNING_RATE, not_default, same
 
 ROWS_FILE = "rows.jsonl"
 CONFIG_FILE = "sweep.json"
 
 # A point is one line of the ledger; these name it within a sweep.
-POINT_KEYS = ("preset", "width", "learning_rate", "seed")
+POINT_KEYS = ("preset", "width", LEARNING_RATE, "seed")
 
 
 def point_key(row: Mapping[str, Any], weight_decay: float | None = None) -> tuple[Any, ...]:
     """What names a point: `POINT_KEYS`, and what else was varied if it is not the default; the configured decay is."""
-    return (*(row[key] for key in POINT_KEYS), not_default(row, weight_decay))
+    names = (same(row[key]) if key == LEARNING_RATE else row[key] for key in POINT_KEYS)
+    return (*names, not_default(row, weight_decay))
 
 
 def fingerprint(value: Any) -> str:

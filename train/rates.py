@@ -21,7 +21,9 @@ def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[f
         if start > end:
             raise ValueError(f"{flag} range must ascend; got {text!r}. Use {high}..{low}.")
         count = round(math.log2(end / start) / OCTAVE_STEP)
-        rates |= {start * 2.0 ** (OCTAVE_STEP * i) for i in range(count + 1)}
+        first = round(math.log2(start), 9)
+        # By their exponents: 2^-8.5 times the root of two is not 2^-8, and a sweep would run both.
+        rates |= {start, *(2.0 ** (first + OCTAVE_STEP * i) for i in range(1, count + 1))}
     return tuple(sorted(rates))
 
 

@@ -89,7 +89,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
     grouped: dict[str, dict[int, dict[float, dict[int, float | None]]]] = {}
     for row in rows:
         points = grouped.setdefault(series(row, against, varied), {}).setdefault(row["width"], {})
-        points.setdefault(math.log2(row[against]), {})[row["seed"]] = row["val_loss"]
+        points.setdefault(round(math.log2(row[against]), 9), {})[row["seed"]] = row["val_loss"]
     return {
         preset: {
             width: _curve(preset, width, points, WORDS[against]) for width, points in sorted(widths.items())

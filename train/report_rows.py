@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from train.ledger import CONFIG_FILE, POINT_KEYS
-from train.vary import LEARNING_RATE, VARIED, with_all_values
+from train.vary import LEARNING_RATE, VARIED, same, with_all_values
 
 Rows = list[dict[str, Any]]
 
@@ -100,7 +100,10 @@ def check_rows(rows: Rows) -> Rows:
                 f"row {number}: val_loss must be null exactly where diverged_at_step is not; "
                 f"got {loss!r} and {stopped!r}"
             )
-        point = tuple(row[key] for key in (*POINT_KEYS, *(key for key in VARIED if key in row)))
+        point = tuple(
+            same(row[key]) if key == LEARNING_RATE else row[key]
+            for key in (*POINT_KEYS, *(key for key in VARIED if key in row))
+        )
         if point in seen and seen[point] != loss:
             raise ValueError(
                 f"row {number}: preset {point[0]}, width {point[1]}, learning_rate {point[2]:g}, seed "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from train.sweep_options import SweepOptions
-from train.vary import Varied, combinations
+from train.vary import Varied, combinations, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Point:
     @property
     def key(self) -> tuple[Any, ...]:
         """As ``ledger.point_key`` of its row."""
-        return (self.preset, self.width, self.learning_rate, self.seed, self.varied)
+        return (self.preset, self.width, same(self.learning_rate), self.seed, self.varied)
 
 
 def plan_points(options: SweepOptions, base_width: int, weight_decay: float = 0.0) -> dict[int, list[Point]]:

@@ -26,6 +26,11 @@ WORDS = {
 type Varied = tuple[tuple[str, float], ...]
 
 
+def same(value: float) -> float:
+    """What tells values apart: 2^-8.5 · 2^0.5 is 2^-8, though its last digit differs."""
+    return float(f"{value:.12g}")
+
+
 def parse_vary(
     texts: Sequence[str], parse_values: Callable[[Sequence[str], str], tuple[float, ...]]
 ) -> dict[str, tuple[float, ...]]:
