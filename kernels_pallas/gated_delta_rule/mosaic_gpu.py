@@ -229,10 +229,10 @@ def backward(
         warpgroups=3,
     )
     blocks = plan.key_dim // plan.key_block
-    slabs, copies, scratch = kernels.gradients_scratch(plan)
+    slabs, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, q.shape[0] * value_heads * blocks)
     dq, dk, shares = _launch(
-        functools.partial(kernels.gradients_body, plan, slabs, copies, run),
+        functools.partial(kernels.gradients_body, plan, slabs, stages, run),
         {"n": plan.chunks // run, "g": value_heads, "k": blocks},
         [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, gamma, root],
         [

@@ -18,6 +18,7 @@ before the power.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,9 +44,11 @@ _ROWS = _TILE.reduce(1)
 _COLUMNS = _TILE.reduce(0)
 _SQUARE = (CHUNK, CHUNK)
 _FLOAT = jnp.float32
-# Registers of a thread: one warpgroup that moves memory, two that compute.
+# Registers of a thread: one warpgroup that moves memory, two that compute. A program of three has 3 · 168 to share, the
+# 65,536 of an SM in steps of 8: one that asks for more waits for ever.
 _MOVER_REGISTERS = 40
 _COMPUTE_REGISTERS = 232
+assert _MOVER_REGISTERS + 2 * _COMPUTE_REGISTERS <= 3 * 168
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +168,43 @@ def _dots(
     return *lax.optimization_barrier(tuple(results)), extra
 
 
+def _sums(plan: "Plan", *sums: tuple[Any, Any]) -> list[jax.Array]:
+    """Independent sums (onto, [(a, b), ...]) at once: each is `onto`, or zero where it is None, plus all a @ b."""
+    work = [(onto, list(products)) for onto, products in sums]
+    shapes = [(products[0][0].shape[0], products[0][1].shape[1]) for _, products in work]
+    if plan.interpreted:
+        results = []
+        for onto, products in work:
+            for a, b in products:
+                onto = _dot(plan, a, b, onto)
+            results.append(onto)
+        return results
+
+    def multiply(refs: Any) -> None:
+        for ref, (_, products) in zip(refs, work, strict=True):
+            for a, b in products:
+                plgpu.wgmma(ref, a, b)
+
+    if all(onto is None for onto, _ in work):
+
+        def fresh(*refs: Any) -> list[jax.Array]:
+            multiply(refs)
+            return [ref[...] for ref in refs]
+
+        results = pl.run_scoped(fresh, *(_SUMS(shape, _FLOAT) for shape in shapes))
+    else:
+        first = [
+            _zeros(shape[1]) if onto is None else onto for (onto, _), shape in zip(work, shapes, strict=True)
+        ]
+        results = pl.run_state(multiply)([_SUMS.init(x) for x in first])
+    return list(lax.optimization_barrier(tuple(results)))
+
+
+def _nothing_yet() -> Any:
+    """For sums: the first product begins one, which zeros in registers would not be free for."""
+    return None
+
+
 def _load(ref: Any, layout: Any = _TILE) -> jax.Array:
     return plgpu.load(ref, layout=layout)
 
@@ -242,7 +282,9 @@ def inverse_scratch(plan: Plan) -> dict[str, Any]:
         "gamma_columns": plain(CHUNK),
         "root_rows": plain(CHUNK),
         "root_columns": plain(CHUNK),
-        "factor": tiled(_SQUARE, jnp.float16),
+        "a": tiled(_SQUARE, jnp.float16),
+        "inverse": tiled(_SQUARE, jnp.float16),
+        "product": tiled(_SQUARE, jnp.float16),
         "result": tiled(_SQUARE, plan.compute),
         "came": plgpu.Barrier(num_arrivals=5),
     }
@@ -269,24 +311,23 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
 
     # Eq. (24), of which only what lies below the diagonal is used.
     a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
-    a = a * decay
     row, column = _indices(s["gamma_rows"])
-    inverse = jnp.where(row == column, 1.0, 0.0)
-    block = 1
+    a = jnp.where(row > column, a * decay, 0.0)
+    s["a"][...] = a.astype(jnp.float16)
+    # Blocks of two: 1 on the diagonal, −A below it.
+    inverse = jnp.where(row == column, 1.0, jnp.where(lax.bitwise_xor(row, column) == 1, -a, 0.0)).astype(
+        jnp.float16
+    )
+    block = 2
     while block < CHUNK:
-        same = lax.div(row, 2 * block) == lax.div(column, 2 * block)
-        below = same & (lax.rem(row, 2 * block) >= block) & (lax.rem(column, 2 * block) < block)
-        corner = jnp.where(below, a, 0.0)
-        if block == 1:
-            inverse = inverse - corner
-        else:
-            half = inverse.astype(jnp.float16)
-            s["factor"][...] = half
-            plgpu.commit_smem()
-            product = _dot(plan, corner.astype(jnp.float16), s["factor"]).astype(jnp.float16)
-            s["factor"][...] = product
-            plgpu.commit_smem()
-            inverse = inverse - _dot(plan, half, s["factor"])
+        s["inverse"][...] = inverse
+        plgpu.commit_smem()
+        s["product"][...] = _dot(plan, s["a"], s["inverse"]).astype(jnp.float16)
+        plgpu.commit_smem()
+        product = _dot(plan, s["inverse"], s["product"]).astype(jnp.float16)
+        # Of it only the corners count: in different blocks of `block` and in the same of twice as many.
+        apart = lax.bitwise_xor(*_indices(s["gamma_rows"]))
+        inverse = inverse - jnp.where((apart >= block) & (apart < 2 * block), product, jnp.float16(0.0))
         block *= 2
     s["result"][...] = inverse.astype(plan.compute)
     plgpu.commit_smem()
@@ -643,50 +684,70 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
 SHARES = ("query", "states", "key_in", "key_read", "key_written", "out", "writes")
 
 
+def _row_products(x: jax.Array, ref: Any) -> jax.Array:
+    """Sum over columns of x times what is in `ref`, for each row; 64 columns at a time, so that few registers do."""
+    parts = []
+    for start in range(0, x.shape[1], CHUNK):
+        part = lax.slice(x, (0, start), (CHUNK, start + CHUNK))
+        parts.append(part * _load(ref.at[:, pl.ds(start, CHUNK)]).astype(_FLOAT))
+    return jnp.sum(functools.reduce(lax.add, parts), axis=1)
+
+
 def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
-    """(stages of a slab of V's columns, copies handed over, shared memory) of `gradients_body`."""
+    """(slabs of V's columns that are worked on at once, stages of them, shared memory) of `gradients_body`."""
     width, blocks = plan.key_block, plan.key_dim // plan.key_block
 
-    def scratch(slabs: int, copies: int) -> dict[str, Any]:
-        return {
+    def scratch(slabs: int, stages: int) -> dict[str, Any]:
+        square, staged = (slabs, CHUNK, CHUNK), (stages * slabs, CHUNK, CHUNK)
+        buffers = {
             "q": tiled((blocks, CHUNK, width), plan.compute),
             "k": tiled((blocks, CHUNK, width), plan.compute),
-            "inverse": tiled(_SQUARE, plan.compute),
-            "query_gamma": plain(CHUNK),
-            "query_gamma_columns": plain(CHUNK),
-            "key_gamma": plain(CHUNK),
-            "root": plain(CHUNK),
-            "v": tiled((slabs, CHUNK, CHUNK), plan.compute),
-            "do": tiled((slabs, CHUNK, CHUNK), plan.compute),
-            "dv": tiled((slabs, CHUNK, CHUNK), plan.compute),
-            "state": tiled((slabs, blocks, CHUNK, width), plan.compute),
-            "dstate": tiled((slabs, CHUNK, width), plan.compute),
-            "missing": tiled(_SQUARE, plan.compute),
-            "written": tiled((copies, CHUNK, CHUNK), plan.compute),
-            "dscores": tiled(_SQUARE, plan.compute),
-            "dgram": tiled(_SQUARE, plan.compute),
-            "dq": tiled((CHUNK, width), plan.compute),
-            "dk": tiled((CHUNK, width), plan.compute),
+            "inverse": tiled((1, CHUNK, CHUNK), plan.compute),
+            "query_gamma": plain(1, CHUNK),
+            "query_gamma_columns": plain(1, CHUNK),
+            "key_gamma": plain(1, CHUNK),
+            "root": plain(1, CHUNK),
+            "v": tiled(staged, plan.compute),
+            "do": tiled(staged, plan.compute),
+            "dv": tiled(staged, plan.compute),
+            "state": tiled((stages * slabs, blocks, CHUNK, width), plan.compute),
+            "dstate": tiled((stages * slabs, CHUNK, width), plan.compute),
+            "missing": tiled(square, plan.compute),
+            "written": tiled(square, plan.compute),
+            "dscores": tiled((1, CHUNK, CHUNK), plan.compute),
+            "dgram": tiled((1, CHUNK, CHUNK), plan.compute),
+            "dq": tiled((1, CHUNK, width), plan.compute),
+            "shares": plain(len(SHARES), CHUNK),
             "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 5),
             "chunk_free": plgpu.Barrier(num_arrivals=2),
-            "slab_came": plgpu.Barrier(num_arrivals=4 + blocks, num_barriers=slabs),
-            "slab_free": plgpu.Barrier(num_arrivals=2, num_barriers=slabs),
-            "handed": plgpu.Barrier(num_barriers=copies),
-            "taken": plgpu.Barrier(num_barriers=copies),
+            "handed": plgpu.Barrier(),
+            "taken": plgpu.Barrier(),
             "pairs_handed": plgpu.Barrier(),
             "pairs_taken": plgpu.Barrier(),
             "ended": plgpu.Barrier(num_arrivals=3),
-            "shares": plain(len(SHARES), CHUNK),
         }
+        # dk leaves by the place of `missing`, which its warpgroup alone uses, where it is large enough.
+        if slabs * CHUNK < width:
+            buffers["dk"] = tiled((width // CHUNK, CHUNK, CHUNK), plan.compute)
+        # Each of them is asked for again as soon as its readers are done with it.
+        for name, readers, copies in (
+            ("v", 1, slabs),
+            ("do", 1, slabs),
+            ("dv", 2, slabs),
+            ("state", 2, slabs * blocks),
+            ("dstate", 2, slabs),
+        ):
+            buffers[f"{name}_came"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+            buffers[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+        return buffers
 
-    # A slab on its way while another is worked on is worth more than a second copy of what is handed over.
-    for slabs, copies in ((2, 2), (2, 1), (1, 2)):
-        if _fits(scratch(slabs, copies)):
-            return slabs, copies, scratch(slabs, copies)
-    return 1, 1, scratch(1, 1)
+    # With more than two slabs both halves of dk wait for all of them, and two slabs at once want too many registers.
+    slabs = 2 if plan.slabs == 2 and _fits(scratch(2, 1)) else 1
+    stages = 2 if _fits(scratch(slabs, 2)) else 1
+    return slabs, stages, scratch(slabs, stages)
 
 
-def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any, **s: Any) -> None:
+def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
     """dq and dk of each value head (B, T, G, K), and `SHARES` (blocks of K, B, G, shares, T), of `chunks` chunks."""
     (q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, gamma_ref, root_ref) = refs[
         :10
@@ -695,27 +756,30 @@ def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any
     b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
-    width, blocks, slabs = plan.key_block, plan.key_dim // plan.key_block, plan.slabs
+    width, blocks, groups = plan.key_block, plan.key_dim // plan.key_block, plan.slabs // slabs
     # The program's own block of keys' columns comes first.
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
     first_chunk = run * chunks
 
-    def put(name: str, values: jax.Array) -> None:
-        # The index is made here, where it is used: `run_state` does not lower with one from outside (jax 0.11.2).
-        s["shares"].at[SHARES.index(name)][...] = values
+    def places(gamma: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+        """How a chunk finds the places of its buffers, and how it puts a share.
 
-    # Zero, but as a value: `run_state` does not lower with a constant among the indices (jax 0.11.2).
-    own = lax.rem(block, 1)
+        The indices begin at zero, but made from what came, anew in every chunk: of constant ones the compiler keeps two
+        hundred registers of addresses and descriptors from chunk to chunk, and spills others.
+        """
+        # γ is at most 0, which the compiler does not know.
+        zero = jnp.where(s[gamma][0, 0] > 1.0, 1, 0)
+
+        def at(name: str, *indices: Any) -> Any:
+            return s[name].at[tuple(zero + i for i in indices or (0,))]
+
+        def put(name: str, values: jax.Array) -> None:
+            at("shares", SHARES.index(name))[...] = values
+
+        return at, put
 
     def tokens(c: Any) -> Any:
         return pl.ds((first_chunk + c) * CHUNK, CHUNK)
-
-    def recall(state: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
-        """k @ stateᵀ, both in blocks of keys' columns, and what `meanwhile` returns."""
-        total, extra = _dots(plan, (s["k"].at[own], state.at[own].T), meanwhile=meanwhile)
-        for i in range(1, blocks):
-            total = _dot(plan, s["k"].at[own + i], state.at[own + i].T, total)
-        return total, extra
 
     def send(c: Any, names: tuple[str, ...]) -> None:
         for i in map(SHARES.index, names):
@@ -727,76 +791,108 @@ def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any
     def _move() -> None:
         plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
 
+        def columns(ref: Any) -> Callable[[Any, int], list[Any]]:
+            return lambda c, j: [
+                ref.at[b, tokens(c), g, pl.ds((j * slabs + i) * CHUNK, CHUNK)] for i in range(slabs)
+            ]
+
+        def states(ref: Any, which: list[Any]) -> Callable[[Any, int], list[Any]]:
+            return lambda c, j: [
+                ref.at[b, g, first_chunk + c, pl.ds((j * slabs + i) * CHUNK, CHUNK), columns]
+                for i in range(slabs)
+                for columns in which
+            ]
+
+        sources = {
+            "v": columns(v_ref),
+            "state": states(states_ref, key_columns),
+            "dv": columns(dv_ref),
+            "do": columns(do_ref),
+            "dstate": states(dstates_ref, key_columns[:1]),
+        }
+
+        def issue(name: str, c: Any, j: int) -> None:
+            item = c * groups + j
+            slot = lax.rem(item, stages)
+
+            @pl.when(item >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(s[f"{name}_free"].at[slot])
+
+            for i, source in enumerate(sources[name](c, j)):
+                place = (slot * slabs + i // blocks, i % blocks) if name == "state" else (slot * slabs + i,)
+                plgpu.copy_gmem_to_smem(source, s[name].at[place], s[f"{name}_came"].at[slot])
+
         def issue_chunk(c: Any) -> None:
+            @pl.when(c > 0)
+            def _() -> None:
+                plgpu.barrier_wait(s["chunk_free"])
+
             came = s["chunk_came"]
             for i, columns in enumerate(key_columns):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], came)
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(c), h, columns], s["k"].at[i], came)
-            plgpu.copy_gmem_to_smem(inverse_ref.at[b, g, tokens(c)], s["inverse"], came)
-            plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens(c)], s["root"], came)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], came)
+            plgpu.copy_gmem_to_smem(inverse_ref.at[b, g, tokens(c)], s["inverse"].at[0], came)
+            plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens(c)], s["root"].at[0], came)
             for name in ("query_gamma", "query_gamma_columns", "key_gamma"):
-                plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens(c)], s[name], came)
+                plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens(c)], s[name].at[0], came)
 
         @pl.loop(0, chunks)
         def _chunk(c: Any) -> None:
-            for j in range(slabs):
-                item = c * slabs + j
-                slot = lax.rem(item, stages)
-
-                @pl.when(item >= stages)
-                def _(slot: Any = slot) -> None:
-                    plgpu.barrier_wait(s["slab_free"].at[slot])
-
-                rows, came = pl.ds(j * CHUNK, CHUNK), s["slab_came"].at[slot]
-                for ref, name in ((v_ref, "v"), (do_ref, "do"), (dv_ref, "dv")):
-                    plgpu.copy_gmem_to_smem(ref.at[b, tokens(c), g, rows], s[name].at[slot], came)
-                for i, columns in enumerate(key_columns):
-                    source = states_ref.at[b, g, first_chunk + c, rows, columns]
-                    plgpu.copy_gmem_to_smem(source, s["state"].at[slot, i], came)
-                source = dstates_ref.at[b, g, first_chunk + c, rows, key_columns[0]]
-                plgpu.copy_gmem_to_smem(source, s["dstate"].at[slot], came)
-                # The first slab's place is free long before the chunk's.
+            # In the order in which they become free; the chunk's own last.
+            for j in range(groups):
+                for name in sources:
+                    issue(name, c, j)
                 if j == 0:
-
-                    @pl.when(c > 0)
-                    def _() -> None:
-                        plgpu.barrier_wait(s["chunk_free"])
-
                     issue_chunk(c)
 
         plgpu.barrier_wait(s["chunk_free"])
-        for item in range(max(chunks * slabs - stages, 0), chunks * slabs):
-            plgpu.barrier_wait(s["slab_free"].at[item % stages])
+        for item in range(max(chunks * groups - stages, 0), chunks * groups):
+            for name in sources:
+                plgpu.barrier_wait(s[f"{name}_free"].at[item % stages])
 
     @pl.when(warpgroup == 0)
     def _queries() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
         def chunk(c: Any, carry: None) -> None:
+            dq = dscores = dpairs = through = _nothing_yet()
             plgpu.barrier_wait(s["chunk_came"])
-            dq, flow = _zeros(width), _zeros(CHUNK)
-            dscores, dpairs = _zeros(CHUNK), _zeros(CHUNK)
-            for j in range(slabs):
-                item = c * slabs + j
-                slot, copy = lax.rem(item, stages), lax.rem(item, copies)
-                plgpu.barrier_wait(s["slab_came"].at[slot])
-                state, do = s["state"].at[slot, own], s["do"].at[slot]
+            at, put = places("query_gamma")
+            for j in range(groups):
+                slot = lax.rem(c * groups + j, stages)
+                at, put = places("query_gamma")
+                for name in ("do", "state", "dstate"):
+                    plgpu.barrier_wait(s[f"{name}_came"].at[slot])
+                do, dv, dstates = (
+                    [at(name, slot * slabs + i) for i in range(slabs)] for name in ("do", "dv", "dstate")
+                )
+                states = [at("state", slot * slabs + i, 0) for i in range(slabs)]
                 # Of the second only the diagonal counts: ⟨dS', S⟩, column by column of V.
-                dq, flow, _ = _dots(plan, (do, state, dq), (state, s["dstate"].at[slot].T, flow))
-                plgpu.barrier_wait(s["handed"].at[copy])
-                written = s["written"].at[copy].T
-                dscores, dpairs, _ = _dots(plan, (do, written, dscores), (s["dv"].at[slot], written, dpairs))
-                plgpu.barrier_arrive(s["taken"].at[copy])
-                plgpu.barrier_arrive(s["slab_free"].at[slot])
-
+                flows = [(state, dstate.T) for state, dstate in zip(states, dstates, strict=True)]
+                dq, flow = _sums(plan, (dq, zip(do, states, strict=True)), (None, flows))
+                plgpu.barrier_arrive(s["state_free"].at[slot])
+                plgpu.barrier_arrive(s["dstate_free"].at[slot])
+                row, column = _indices(s["query_gamma"].at[0])
+                flow = jnp.sum(jnp.where(row == column, flow, 0.0), axis=1)
+                through = flow if through is None else through + flow
+                plgpu.barrier_wait(s["dv_came"].at[slot])
+                plgpu.barrier_wait(s["handed"])
+                written = [at("written", i).T for i in range(slabs)]
+                dscores, dpairs = _sums(
+                    plan,
+                    (dscores, zip(do, written, strict=True)),
+                    (dpairs, zip(dv, written, strict=True)),
+                )
+                plgpu.barrier_arrive(s["taken"])
+                for name in ("do", "dv"):
+                    plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            row, column = _indices(s["query_gamma"])
-            diagonal = row == column
-            through = jnp.exp2(s["query_gamma"][CHUNK - 1])
-            put("states", jnp.sum(jnp.where(diagonal, flow, 0.0), axis=1) * through)
-            put("writes", jnp.sum(jnp.where(diagonal, dpairs, 0.0), axis=1))
-            gamma = _load(s["query_gamma"], _ROWS)
-            decay = _decay_between(s["query_gamma"], s["query_gamma_columns"])
+            row, column = _indices(s["query_gamma"].at[0])
+            put("states", through * jnp.exp2(s["query_gamma"][0, CHUNK - 1]))
+            put("writes", jnp.sum(jnp.where(row == column, dpairs, 0.0), axis=1))
+            gamma = _load(at("query_gamma"), _ROWS)
+            decay = _decay_between(s["query_gamma"].at[0], s["query_gamma_columns"].at[0])
             # Eq. (13) and (14); dv has β in it.
             low = (dscores * (decay * plan.scale)).astype(plan.compute)
             dgram = jnp.where(row > column, dpairs * decay * -1.0, 0.0).astype(plan.compute)
@@ -805,17 +901,19 @@ def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any
             def _() -> None:
                 plgpu.barrier_wait(s["pairs_taken"])
 
-            s["dscores"][...] = low
-            s["dgram"][...] = dgram
+            at("dscores")[...] = low
+            at("dgram")[...] = dgram
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["pairs_handed"])
             dq = dq * _down(jnp.exp2(gamma) * plan.scale, width)
-            dq = _dot(plan, low, s["k"].at[own], dq)
-            put("query", jnp.sum(dq * _load(s["q"].at[own]).astype(_FLOAT), axis=1))
+            dq = _dot(plan, at("dscores"), at("k"), dq)
+            put("query", _row_products(dq, at("q")))
             plgpu.barrier_arrive(s["chunk_free"])
-            s["dq"][...] = dq.astype(plan.compute)
+            at("dq")[...] = dq.astype(plan.compute)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["dq"], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False)
+            plgpu.copy_smem_to_gmem(
+                s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
+            )
             send(c, ("query", "states", "writes"))
             return carry
 
@@ -826,72 +924,108 @@ def gradients_body(plan: Plan, stages: int, copies: int, chunks: int, *refs: Any
     @pl.when(warpgroup == 1)
     def _keys() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        leaving = "dk" if slabs * CHUNK < width else "missing"
 
         def chunk(c: Any, carry: None) -> None:
-            plgpu.barrier_wait(s["chunk_came"])
             # What dk gets through the states that enter and leave the chunk, before their decays.
-            dk_in, dk_out = _zeros(width), _zeros(width)
-            for j in range(slabs):
-                item = c * slabs + j
-                slot, copy = lax.rem(item, stages), lax.rem(item, copies)
-                plgpu.barrier_wait(s["slab_came"].at[slot])
-
-                def prepare(slot: Any = slot) -> tuple[jax.Array, jax.Array]:
-                    gamma, root = _load(s["key_gamma"], _ROWS), _load(s["root"], _ROWS)
-                    return _load(s["v"].at[slot]).astype(_FLOAT) * _down(root), root * jnp.exp2(gamma)
-
-                recalled, (offered, taking) = recall(s["state"].at[slot], prepare)
-                s["missing"][...] = (offered - recalled * _down(taking)).astype(plan.compute)
-                plgpu.commit_smem()
-                # Eq. (6) once more.
-                written, dk_in, _ = _dots(
-                    plan,
-                    (s["inverse"], s["missing"]),
-                    (s["dv"].at[slot], s["state"].at[slot, own], dk_in),
-                )
-
-                @pl.when(item >= copies)
-                def _(copy: Any = copy) -> None:
-                    plgpu.barrier_wait(s["taken"].at[copy])
-
-                written = written * _down(_load(s["root"], _ROWS))
-                s["written"].at[copy][...] = written.astype(plan.compute)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(s["handed"].at[copy])
-                dk_out, _ = _dots(plan, (s["written"].at[copy], s["dstate"].at[slot], dk_out))
-                plgpu.barrier_arrive(s["slab_free"].at[slot])
-            gamma, last = _load(s["key_gamma"], _ROWS), s["key_gamma"][CHUNK - 1]
-            dk_in = dk_in * _down(jnp.exp2(gamma) * -1.0, width)
-            dk_out = dk_out * _down(jnp.exp2(last - gamma), width)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dk_in = dk_out = _nothing_yet()
+            plgpu.barrier_wait(s["chunk_came"])
+            at, put = places("key_gamma")
 
             def by_key(dk: jax.Array) -> jax.Array:
-                return jnp.sum(dk * _load(s["k"].at[own]).astype(_FLOAT), axis=1)
+                return _row_products(dk, at("k"))
 
-            # One sum at a time joins `dk`: what does not fit the registers goes through L2 and takes ten times as long.
+            def decayed_in(dk_in: jax.Array) -> jax.Array:
+                dk_in = dk_in * _down(jnp.exp2(_load(at("key_gamma"), _ROWS)) * -1.0, width)
+                put("key_in", by_key(dk_in))
+                return dk_in
+
+            for j in range(groups):
+                slot = lax.rem(c * groups + j, stages)
+                at, put = places("key_gamma")
+                for name in ("state", "v"):
+                    plgpu.barrier_wait(s[f"{name}_came"].at[slot])
+                keys = [at("k", i) for i in range(blocks)]
+                recalled = _sums(
+                    plan,
+                    *(
+                        (None, [(k, at("state", slot * slabs + i, n).T) for n, k in enumerate(keys)])
+                        for i in range(slabs)
+                    ),
+                )
+                if j == 0:
+                    # dk and the sums of the chunk before have left.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for i in range(slabs):
+                    gamma, root = _load(at("key_gamma"), _ROWS), _load(at("root"), _ROWS)
+                    offered = _load(at("v", slot * slabs + i)).astype(_FLOAT) * _down(root)
+                    missing = offered - recalled[i] * _down(root * jnp.exp2(gamma))
+                    at("missing", i)[...] = missing.astype(plan.compute)
+                plgpu.barrier_arrive(s["v_free"].at[slot])
+                plgpu.commit_smem()
+                plgpu.barrier_wait(s["dv_came"].at[slot])
+                dvs, dstates = (
+                    [at(name, slot * slabs + i) for i in range(slabs)] for name in ("dv", "dstate")
+                )
+                # Eq. (6) once more.
+                *written, dk_in = _sums(
+                    plan,
+                    *(
+                        (None, [(at("inverse"), missing)])
+                        for missing in map(functools.partial(at, "missing"), range(slabs))
+                    ),
+                    (dk_in, [(dv, at("state", slot * slabs + i, 0)) for i, dv in enumerate(dvs)]),
+                )
+                plgpu.barrier_arrive(s["state_free"].at[slot])
+                plgpu.barrier_arrive(s["dv_free"].at[slot])
+
+                @pl.when(c * groups + j > 0)
+                def _() -> None:
+                    plgpu.barrier_wait(s["taken"])
+
+                for i in range(slabs):
+                    low = (written[i] * _down(_load(at("root"), _ROWS))).astype(plan.compute)
+                    at("written", i)[...] = low
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["handed"])
+                if groups == 1:
+                    # Before `dk_out` wants its registers.
+                    dk_in = decayed_in(dk_in)
+                plgpu.barrier_wait(s["dstate_came"].at[slot])
+                (dk_out,) = _sums(
+                    plan,
+                    (dk_out, zip(map(functools.partial(at, "written"), range(slabs)), dstates, strict=True)),
+                )
+                plgpu.barrier_arrive(s["dstate_free"].at[slot])
+            if groups > 1:
+                dk_in = decayed_in(dk_in)
+            gamma, last = _load(at("key_gamma"), _ROWS), s["key_gamma"][0, CHUNK - 1]
+            dk_out = dk_out * _down(jnp.exp2(last - gamma), width)
             put("out", by_key(dk_out))
-            put("key_in", by_key(dk_in))
             dk = dk_in + dk_out
             plgpu.barrier_wait(s["pairs_handed"])
             # Eq. (14): what a token reads of others through its key, and what others read of it.
-            more = _dot(plan, s["dgram"], s["k"].at[own])
+            more = _dot(plan, at("dgram"), at("k"))
             put("key_read", by_key(more))
             dk = dk + more
-            more = _dot(plan, s["dgram"].T, s["k"].at[own])
-            more = _dot(plan, s["dscores"].T, s["q"].at[own], more)
+            (more,) = _sums(plan, (None, [(at("dgram").T, at("k")), (at("dscores").T, at("q"))]))
             put("key_written", by_key(more))
             dk = dk + more
             plgpu.barrier_arrive(s["pairs_taken"])
             plgpu.barrier_arrive(s["chunk_free"])
-            s["dk"][...] = dk.astype(plan.compute)
+            for i in range(width // CHUNK):
+                columns = lax.slice(dk, (0, i * CHUNK), (CHUNK, (i + 1) * CHUNK))
+                at(leaving, i)[...] = columns.astype(plan.compute)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["dk"], dk_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False)
+            start = lax.rem(block, blocks) * width
+            for i in range(width // CHUNK):
+                target = dk_ref.at[b, tokens(c), g, pl.ds(start + i * CHUNK, CHUNK)]
+                plgpu.copy_smem_to_gmem(s[leaving].at[i], target, commit_group=False)
             send(c, ("key_in", "key_read", "key_written", "out"))
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
-        for item in range(max(chunks * slabs - copies, 0), chunks * slabs):
-            plgpu.barrier_wait(s["taken"].at[item % copies])
+        plgpu.barrier_wait(s["taken"])
         plgpu.wait_smem_to_gmem(0)
 
     _end_together(s["ended"])
