@@ -343,6 +343,8 @@ def test_bench_prints_a_row_per_implementation(capsys, monkeypatch):
     [
         (["--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["--threads", "-1"], "--threads must be 0 or more; got -1"),
+        (["--implementations", "foo"], "invalid choice: 'foo' (choose from"),
+        (["--implementations", "mosaic_gpu", "--threads", "0"], "runs on Hopper GPUs; this is a cpu"),
         (["--torch-python", "no/such/python"], "--torch-python must be an interpreter; got no/such/python"),
     ],
 )

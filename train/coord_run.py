@@ -9,6 +9,7 @@ from typing import Any
 from train.config import ModelOptions, OptimizerOptions, PresetName, check_learning_rate, check_preset_name
 from train.data import DataConfig, prepare, train_batch
 from train.ledger import make_writable
+from train.rates import Rate
 
 ROWS_FILE = "coord_rows.jsonl"
 _AT_STEPS = (0, 2, 10)
@@ -27,8 +28,9 @@ class CoordOptions:
     growing head dims mup_standard."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the initialisation; at least 3, and mostly 5 for a standard error of 0.05."""
-    learning_rate: float | None = None
-    """At the base width, near its optimum (a tiny one would pass anything); by default 2^-8, for SGD 2^-2."""
+    learning_rate: Rate = None
+    """At the base width, as 0.01 or 2^-7, near its optimum (a tiny one would pass anything); by default 2^-8, for SGD
+    2^-2."""
 
     def __post_init__(self) -> None:
         widths = sorted(set(self.widths))

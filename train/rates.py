@@ -3,6 +3,9 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
 
 from train.config import check_learning_rate
 
@@ -28,13 +31,37 @@ def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[f
 
 
 def _rate(text: str, flag: str) -> float:
-    match = re.fullmatch(r"2\^([-+]?\d+(?:\.\d+)?)", text)
     try:
-        value = power_of_two(float(match[1])) if match else float(text)
+        value = _number(text)
     except ValueError:
         raise ValueError(f"{flag} must be numbers, 2^-7 or 2^-9..2^-5; got {text!r}.") from None
     check_learning_rate(value, flag)
     return value
+
+
+def _number(text: str) -> float:
+    match = re.fullmatch(r"2\^([-+]?\d+(?:\.\d+)?)", text)
+    return power_of_two(float(match[1])) if match else float(text)
+
+
+def _single(texts: list[str]) -> float:
+    try:
+        return _number(texts[0])
+    except ValueError:
+        raise ValueError(f"must be one number, such as 0.01 or 2^-7; got {texts[0]!r}") from None
+
+
+# One on the command line, or none. tyro would name both types in an error if None were outside.
+Rate = Annotated[
+    float | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="RATE",
+        instance_from_str=_single,
+        is_instance=lambda value: value is None or isinstance(value, float),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 def power_of_two(exponent: float) -> float:

@@ -5,6 +5,7 @@ import pathlib
 
 from train.config import PresetName, check_learning_rate, check_preset_name
 from train.profiling import parse_steps
+from train.rates import Rate
 from train.trackers import TrackerName, check_installed
 from train.tuned import ChangeName
 
@@ -19,8 +20,8 @@ class TrainOptions:
     """Folder of checkpoints and log; a run that was stopped goes on from it."""
     width: int = 64
     """Model width."""
-    learning_rate: float | None = None
-    """Peak learning rate at the base width; by default 2^-7, or what --tuned-by found."""
+    learning_rate: Rate = None
+    """Peak learning rate at the base width, as 0.01 or 2^-7; by default 2^-7, or what --tuned-by found."""
     preset: PresetName | None = None
     """Parametrization; by default mup, or the one that --tuned-by found to transfer."""
     tuned_by: pathlib.Path | None = None

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.gated_delta_rule.api import gated_delta_rule
+from kernels_pallas.gated_delta_rule.implementations import IMPLEMENTATIONS
 from kernels_pallas.gated_delta_rule.shapes import SHAPES, Shape
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -128,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m kernels_pallas.gated_delta_rule.bench", description=__doc__
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["cpu"], help="default: cpu")
-    parser.add_argument("--implementations", nargs="+", default=["chunked", "reference"])
+    parser.add_argument(
+        "--implementations", nargs="+", choices=sorted(IMPLEMENTATIONS), default=["chunked", "reference"]
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each contestant")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each contestant; 0: all")
@@ -161,7 +164,10 @@ def main(argv: list[str] | None = None) -> None:
             if torch_python is not None and device.platform == "cpu" and options.dtype == "float32":
                 theirs = _theirs(torch_python, shape, options.threads)
                 contestants[_TRANSFORMERS] = stack.enter_context(theirs)
-            results = measure(contestants, options.rounds)
+            try:
+                results = measure(contestants, options.rounds)
+            except NotImplementedError as error:
+                parser.error(str(error))
         sizes = "  ".join(f"{axis}={size}" for axis, size in zip("BTHGKV", shape, strict=True))
         print(f"\n{name}: {sizes}\n{'':24}{'forward':>10}{'forward + backward':>22}")
         first = next(iter(results.values()))

@@ -314,7 +314,7 @@ def _known_scale_and_few_columns(kernels: Any, most: int) -> Any:
     return run
 
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {
     "chunked": _chunked,
     "reference": _reference,
     "mosaic_tpu": _known_scale_and_few_columns(_tpu_kernels, mosaic_tpu.MAX_DIM),
@@ -341,9 +341,9 @@ def choose(implementation: str | None, operands: Operands, inverse_precision: An
         ValueError: an unknown name.
         NotImplementedError: the one asked for cannot.
     """
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}; got {implementation!r}. "
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}. "
             "Use None for the best one that can."
         )
     if implementation in ("chunked", "reference"):
@@ -380,7 +380,7 @@ def run(
 ) -> tuple[Array, Array | None]:
     """What `gated_delta_rule` returns, of operands that were checked."""
     chosen = choose(implementation, operands, options.inverse_precision)
-    implement = functools.partial(_IMPLEMENTATIONS[chosen], options)
+    implement = functools.partial(IMPLEMENTATIONS[chosen], options)
     before = None
     if sequence_axis is not None:
         implement = split_run(implement, sequence_axis, return_final_state)
