@@ -16,6 +16,22 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure():
+    """Compiling is most of what tests do. Only in this process: commands that they start optimize as a user's do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized():
+    """Programs as a user has them, for a test of how they round: optimized sums have less of it."""
+    # Those that other tests compiled would be taken.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def libtpu():
     """The TPU compiler, or a skip; a failure where it must be there, as in `make test` on Linux."""
