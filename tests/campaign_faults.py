@@ -41,14 +41,17 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full_disk(folder, count, seed, steps=60, say=tell):
+def full_disk(folder, count, seed, steps=60, say=tell, whole=None):
     """Runs on a disk that has too little space ``count`` times, then with space; the end must be the same.
+
+    ``whole``: the folder of a run with space, where there is one already.
 
     Returns at which newest checkpoint the disk was full.
     """
     rng = random.Random(f"{seed} disk")
-    whole = folder / "space"
-    complete(train_words(folder, whole, steps=steps))
+    if whole is None:
+        whole = folder / "space"
+        complete(train_words(folder, whole, steps=steps))
     used = sum(path.stat().st_blocks * 512 for path in whole.rglob("*"))
     kept, size = [], 64 * 2**20
     with small_disk(folder / "disk", size) as disk:

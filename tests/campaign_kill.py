@@ -24,8 +24,10 @@ from campaign_runs import (
 )
 
 
-def runs(folder, count, runs, seed, number=signal.SIGKILL, steps=200, say=tell):
+def runs(folder, count, runs, seed, number=signal.SIGKILL, steps=200, say=tell, first=None):
     """Disturbs ``runs`` runs ``count`` times in all; every one must end with the bits of an uninterrupted one.
+
+    ``first``: the folder of an uninterrupted one with seed 0, where there is one already.
 
     Returns what was seen: kills by phase, the most steps that one lost, the longest wait for an exit.
     """
@@ -37,7 +39,10 @@ def runs(folder, count, runs, seed, number=signal.SIGKILL, steps=200, say=tell):
         whole, out = folder / f"{name}-whole", folder / name
         # Every run has a seed of its own, so that no two have the same bits.
         words = {path: train_words(folder, path, seed=finished, steps=steps) for path in (whole, out)}
-        complete(words[whole])
+        if finished or first is None:
+            complete(words[whole])
+        else:
+            whole = first
         reached = here = 0
         while True:
             moment, process = Moment(rng), start(words[out])

@@ -1,5 +1,7 @@
 """The strict session: two cores, warnings are errors (pyproject), rank promotion raises, annotations checked."""
 
+import fcntl
+import json
 import os
 import pathlib
 
@@ -14,6 +16,38 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure():
+    """Compiling is most of what tests do. Only in this process: commands that they start optimize as a user's do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def once(tmp_path_factory, name, measure):
+    """What ``measure()`` gives, something of JSON: in the first test process that asks, the others read it.
+
+    Tests of one module may be split between processes, and each would measure for itself.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / f"{name}.json"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(json.dumps(measure()))
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def optimized():
+    """Programs as a user has them, for a test of how they round: optimized sums have less of it."""
+    # Those that other tests compiled would be taken.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

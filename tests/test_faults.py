@@ -18,9 +18,19 @@ def in_a_process_of_its_own(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_killed_and_terminated_it_ends_with_the_same_bits(tmp_path):
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    campaign_runs.complete(campaign_runs.train_words(folder, folder / "whole", steps=STEPS))
+    return folder / "whole"
+
+
+def test_killed_and_terminated_it_ends_with_the_same_bits(tmp_path, undisturbed):
     """One run, disturbed by both; the campaign's own driver is what `tests/campaigns.py` runs."""
-    seen = campaign_kill.runs(tmp_path, 2, 1, seed=3, steps=80)
+    seen = campaign_kill.runs(tmp_path, 2, 1, seed=3, steps=STEPS, first=undisturbed)
     assert seen["struck"] == 2
 
 
@@ -31,9 +41,9 @@ def test_damaged_it_goes_on_from_the_checkpoint_before(tmp_path):
     assert campaign_damage.silent_without_manifests(tmp_path, 5, seed=0) > 0
 
 
-def test_a_full_disk_costs_nothing(tmp_path):
+def test_a_full_disk_costs_nothing(tmp_path, undisturbed):
     try:
-        seen = campaign_faults.full_disk(tmp_path, 1, seed=2)
+        seen = campaign_faults.full_disk(tmp_path, 1, seed=2, steps=STEPS, whole=undisturbed)
     except campaign_faults.NoMountError as error:
         pytest.skip(str(error))
     assert seen["full"] == 1

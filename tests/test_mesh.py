@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import once
 from jax.sharding import PartitionSpec as P
 
 from gdn_jax import GDNConfig
@@ -67,7 +68,7 @@ def assert_agrees(measured, name, tolerance):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp("mesh"), 10, TOGETHER)
+    return once(tmp_path_factory, "mesh", lambda: measure(tmp_path_factory.mktemp("mesh"), 10, TOGETHER))
 
 
 @pytest.mark.parametrize("name", TOGETHER)

@@ -114,6 +114,7 @@ def test_bfloat16_compute_is_close(model):
     assert 1e-4 < rms_ratio(logits, model(tokens)) < 0.05
 
 
+@pytest.mark.usefixtures("optimized")
 def test_intermediates_do_not_change_the_logits(model):
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
     logits, seen = model.with_intermediates(tokens)

@@ -13,6 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import once
 from flax import nnx
 from kernel_operands import GATE_TOLERANCE, GATES, TOLERANCE, cast, operands
 from sequence_cases import (
@@ -40,8 +41,7 @@ sequence_cases.print_results()
 """
 
 
-@pytest.fixture(scope="module")
-def measured():
+def measure():
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(ROOT / "tests")],
         # Level 0: the programs are tiny, and compiling them takes most of the time.
@@ -57,6 +57,11 @@ def measured():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return once(tmp_path_factory, "sequence_split", measure)
 
 
 def beyond(errors, dtype):
