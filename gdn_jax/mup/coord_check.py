@@ -90,7 +90,7 @@ def measure(
     for seed in seeds:
         with jax.default_matmul_precision("highest"):
             start, opt_state = check.init(np.int32(seed), rules, rate)
-            params = start
+            params = jax.tree.map(jnp.copy, start)
             for step in range(max(at_steps) + 1):
                 if step in at_steps:
                     sizes = jax.device_get(check.sizes(start, params, rules, probe))
@@ -161,7 +161,8 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return params, transform(rate, rules).init(params)
 
-    @jax.jit
+    # Given away: at width 4,096 each of them is gigabytes.
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(
         params: Any, opt_state: Any, rules: mup.Rules, rate: jax.Array, batch: Tokens
     ) -> tuple[Any, Any]:
