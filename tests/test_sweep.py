@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_packs_follow_from_the_plan_and_are_full(tmp_path):
     cut = packs(plan[8], 3)
     assert [len(pack) for pack in cut] == [3, 3, 3]
     assert cut[2][1] == cut[2][2] == plan[8][-1]
+    assert packs([], 3) == []
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,34 @@ def test_a_finished_point_is_not_repeated_and_half_a_line_is_not_trusted(finishe
     assert count.packs == 5
     assert list(map(_without_timing, again)) == list(map(_without_timing, rows))
     assert len(path.read_text().splitlines()) == 8
+
+
+def test_more_seeds_repeat_nothing(finished):
+    folder, options, _ = finished
+    out = folder / "seeds"
+    shutil.copytree(options.out, out)
+
+    class Count(Progress):
+        packs = ()
+
+        def finished(self, rows, skipped_work):
+            self.packs += (sorted((row["preset"], row["learning_rate"], row["seed"]) for row in rows),)
+
+    count = Count()
+    # Seeds follow each other in the plan: packs of it would hold a finished point and a new one.
+    rows = run_sweep(
+        _options(folder, out=out, widths=(8,), seeds=(0, 1), points_per_device=2),
+        tiny.MODEL,
+        tiny.OPTIMIZER,
+        tiny.data_config(folder),
+        count,
+    )
+    assert len(rows) == 8
+    assert count.packs == (
+        [("mup", 2**-6, 1), ("mup", 2**-5, 1)],
+        [("sp", 2**-6, 1), ("sp", 2**-5, 1)],
+    )
+    assert len((out / "rows.jsonl").read_text().splitlines()) == 12
 
 
 def test_a_ledger_of_another_configuration_is_refused(finished):

@@ -27,7 +27,7 @@ def test_widths_run_at_the_same_time_where_devices_are_enough():
     # Each device once, the widest width on the most of them.
     assert sorted(index for lane in plan.lanes for index in lane.devices) == list(range(8))
     assert [len(lane.devices) for lane in plan.lanes] == [2, 2, 4]
-    assert plan.pack_size(plan.lanes[2]) == 4
+    assert plan.pack_size(plan.lanes[2], 256) == 4
     assert plan.points[0, 128] == WIDTHS[128]
 
 
@@ -61,7 +61,14 @@ def test_processes_share_the_cost_and_no_lane_spans_two():
 def test_more_processes_than_points():
     plan = plan_sweep({64: ["a"]}, {64: 1}, processes=4, devices=1, per_device=8)
     assert [lane.process for lane in plan.lanes] == [2]
-    assert plan.pack_size(plan.lanes[0]) == 8
+    # Not 8: nobody would be served.
+    assert plan.pack_size(plan.lanes[0], 64) == 1
+
+
+def test_packs_are_of_one_size():
+    plan = plan_sweep({64: list(range(50))}, {64: 1}, processes=1, devices=2, per_device=8)
+    # 4 packs of 14, not 3 of 16 and one of 2.
+    assert plan.pack_size(plan.lanes[0], 64) == 14
 
 
 def test_the_plan_says_where_how_much_and_how_long():

@@ -177,9 +177,14 @@ def test_one_width_tunes_mup_and_the_plan_says_what_is_not_shown(folder, no_trai
     assert "that the optimum transfers is what mup promises, not shown" in said
 
 
-def test_the_committed_sweep_does_not_transfer_from_its_base_so_it_tunes_nothing():
-    with pytest.raises(ValueError, match="shows that the optimum of mup does not transfer"):
-        read_tuning(pathlib.Path(__file__).parents[1] / "docs/results/adamw-heads", "mup", 1024)
+def test_the_committed_sweep_tunes_mup_and_not_sp():
+    committed = pathlib.Path(__file__).parents[1] / "docs/results/adamw-heads"
+    tuning = read_tuning(committed, None, 1024)
+    assert (tuning.preset, tuning.width, tuning.widths) == ("mup", 128, [128, 256, 512, 1024])
+    assert tuning.interval is not None
+    assert tuning.interval[0] < tuning.log2_lr < tuning.interval[1]
+    with pytest.raises(ValueError, match="shows that the optimum of sp does not transfer"):
+        read_tuning(committed, "sp", 1024)
 
 
 def test_every_field_of_a_sweep_is_compared_or_left_out_on_purpose(folder):

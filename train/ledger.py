@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from train.vary import LEARNING_RATE, not_default, same
@@ -149,16 +149,18 @@ class Ledger:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds a row; it is on disk when this returns. A point already there is not written twice."""
-        key = point_key(row, self._weight_decay)
-        if key in self.rows:
-            return
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows, in one write; they are on disk when this returns. A point is not written twice."""
+        new: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in rows:
+            new.setdefault(point_key(row, self._weight_decay), row)
+        new = {key: row for key, row in new.items() if key not in self.rows}
+        lines = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in new.values())
         with self.path.open("ab") as file:
-            file.write(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n")
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.rows[key] = row
+        self.rows |= new
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,12 +32,12 @@ class Rows:
         self.rows, self.fingerprint = rows, config_fingerprint
         self._lock = threading.Lock()
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Adds a row; the first process has it on disk when this returns."""
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds the rows of a pack; the first process has them on disk, all or none, when this returns."""
         with self._lock:
-            self._write(row)
+            self._write(rows)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def finish(self, stop: StopRequests) -> None:
@@ -55,8 +55,8 @@ class _First(Rows):
         for thread in self._others:
             thread.start()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._ledger.append(row)
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._ledger.append(rows)
 
     def _receive(self, process: int) -> None:
         number = 0
@@ -67,10 +67,10 @@ class _First(Rows):
                 if "DEADLINE_EXCEEDED" in str(error):
                     continue
                 raise
-            row = json.loads(text)
-            if row is None:
+            rows = json.loads(text)
+            if rows is None:
                 return
-            self.append(row)
+            self.append(rows)
             number += 1
 
     def finish(self, stop: StopRequests) -> None:
@@ -91,13 +91,12 @@ class _Other(Rows):
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return point_key(row, self._weight_decay)
 
-    def _write(self, row: dict[str, Any]) -> None:
-        if (key := self._key(row)) not in self.rows:
-            self.rows[key] = row
-            self._send(row)
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows |= {self._key(row): row for row in rows}
+        self._send(rows)
 
-    def _send(self, row: dict[str, Any] | None) -> None:
-        text = json.dumps(row)
+    def _send(self, rows: Sequence[dict[str, Any]] | None) -> None:
+        text = json.dumps(rows)
         processes.store().key_value_set(f"{_KEY}/{jax.process_index()}/{self._sent}", text)
         self._sent += 1
 

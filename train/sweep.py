@@ -1,7 +1,7 @@
 """A sweep of width x preset x learning rate x seed: the plan, and its execution from a ledger.
 
 Per width one compiled program serves every point. Points are packed: each device runs its share of a pack, side by
-side on an accelerator, alone on a CPU. Packs follow from the plan alone, so that a resumed sweep computes the same.
+side on an accelerator, alone on a CPU. The ledger takes a pack as a whole, so that a resumed sweep computes the same.
 """
 
 import contextlib

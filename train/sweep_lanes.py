@@ -66,20 +66,18 @@ def run_lanes(
     progress.planned(describe(placed, programs, costs, tokens, jax.devices()[0]))
     validation = validation_batches(data, data_config)
     lanes = [lane for lane in placed.lanes if lane.process == jax.process_index()]
-    all_packs = {
-        width: packs(placed.points[lane.process, width], placed.pack_size(lane))
-        for lane in lanes
-        for width in lane.widths
-    }
-    todo = {
-        width: [pack for pack in of_width if any(p.key not in ledger.rows for p in pack)]
-        for width, of_width in all_packs.items()
-    }
-    work = {width: costs[width] * len(of_width[0]) for width, of_width in all_packs.items()}
-    progress.begin(
-        sum(work[width] * len(all_packs[width]) * options.steps for width in work),
-        sum(work[width] * (len(all_packs[width]) - len(todo[width])) * options.steps for width in work),
-    )
+    # What the ledger lacks is packed anew: after a kill these are the packs that were left, since the ledger takes a
+    # pack as a whole; and more seeds or rates of a sweep that was finished repeat nothing.
+    todo: dict[int, list[list[Point]]] = {}
+    total = done = 0
+    for lane in lanes:
+        for width in lane.widths:
+            points = placed.points[lane.process, width]
+            left = [point for point in points if point.key not in ledger.rows]
+            todo[width] = packs(left, placed.pack_size(lane, width))
+            total += costs[width] * options.steps * len(points)
+            done += costs[width] * options.steps * (len(points) - len(left))
+    progress.begin(total, done)
     shared = {
         "code_version": code_version(),
         "config_fingerprint": ledger.fingerprint,
@@ -120,14 +118,13 @@ def run_lanes(
                         data,
                         data_config,
                         validation,
-                        work[width],
+                        costs[width] * len(set(pack)),
                         stopped,
                         stop,
                         ended,
                         progress,
                     )
-                    for row in rows:
-                        ledger.append(shared | row)
+                    ledger.append([shared | row for row in rows])
                     stopped.forget([point.key for point in pack])
         finally:
             # A compilation that a signal left behind is not waited for.

@@ -42,9 +42,11 @@ class SweepPlan[Point]:
     points: dict[tuple[int, int], list[Point]]
     per_device: int
 
-    def pack_size(self, lane: Lane) -> int:
-        """Points that a lane trains side by side."""
-        return len(lane.devices) * self.per_device
+    def pack_size(self, lane: Lane, width: int) -> int:
+        """Points of a width that a lane trains side by side: no more than packs of one size need."""
+        devices, count = len(lane.devices), len(self.points[lane.process, width])
+        rounds = math.ceil(count / (devices * self.per_device))
+        return devices * math.ceil(count / (rounds * devices))
 
 
 def plan_sweep[Point](
@@ -136,12 +138,13 @@ def describe(
             where = f"process {lane.process}, {where}"
         for width in lane.widths:
             program, count = programs[width], len(plan.points[lane.process, width])
-            rounds = math.ceil(count / plan.pack_size(lane))
+            size = plan.pack_size(lane, width)
+            rounds, per_device = math.ceil(count / size), size // len(lane.devices)
             seconds = rounds * program.steps * _step_seconds(program, costs[width], tokens, device)
-            memory = _device_bytes(program, tokens) * min(plan.per_device, count)
+            memory = _device_bytes(program, tokens) * per_device
             lines.append(
                 f"width {width}: {count} points on {where}, in {rounds} {'pack' if rounds == 1 else 'packs'}; about "
-                f"{memory / 2**30:.2g} GiB a device, {_duration(seconds * plan.per_device)}"
+                f"{memory / 2**30:.2g} GiB a device, {_duration(seconds * per_device)}"
             )
     return lines
 

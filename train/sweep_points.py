@@ -44,9 +44,10 @@ def plan_points(options: SweepOptions, base_width: int, weight_decay: float = 0.
 
 
 def packs(points: Sequence[Point], size: int) -> list[list[Point]]:
-    """Consecutive packs of ``size``; the last is filled up with its own last point."""
+    """Consecutive packs of ``size``; the last is filled up with its own last point. None of no points."""
     cut = [list(chunk) for chunk in itertools.batched(points, size)]
-    cut[-1] += [cut[-1][-1]] * (size - len(cut[-1]))
+    for chunk in cut[-1:]:
+        chunk += [chunk[-1]] * (size - len(chunk))
     return cut
 
 
