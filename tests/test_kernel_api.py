@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from kernel_operands import assert_near, cast, forward_and_gradients, operands
 
 from kernels_pallas import gated_delta_rule, gated_delta_rule_from_gates, gated_delta_step
-from kernels_pallas.gated_delta_rule.bench import main as bench
 from kernels_pallas.gated_delta_rule.tiling import chunk_and_block
 from kernels_pallas.gated_delta_rule.triangular import inverse_by_doubling, inverse_by_substitution
 
@@ -327,29 +326,3 @@ def test_a_hopper_gpu_takes_its_kernels_where_it_can(monkeypatch):
     # What they cannot do is done by plain JAX, and only what names them is refused.
     assert chosen(**narrow, precision="highest") == "chunked"
     assert chosen(x["q"], x["k"], x["v"]) == "chunked"
-
-
-def test_bench_prints_a_row_per_implementation(capsys, monkeypatch):
-    module = importlib.import_module("kernels_pallas.gated_delta_rule.bench")
-    monkeypatch.setitem(module.SHAPES, "cpu", module.Shape(1, 20, 1, 1, 4, 4))
-    bench(["--rounds", "1", "--threads", "0"])
-    printed = capsys.readouterr().out
-    for words in ("chunked", "reference", "forward + backward", "B=1  T=20"):
-        assert words in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--rounds", "0"], "--rounds must be at least 1; got 0"),
-        (["--threads", "-1"], "--threads must be 0 or more; got -1"),
-        (["--implementations", "foo"], "invalid choice: 'foo' (choose from"),
-        (["--implementations", "mosaic_gpu", "--threads", "0"], "runs on Hopper GPUs; this is a cpu"),
-        (["--torch-python", "no/such/python"], "--torch-python must be an interpreter; got no/such/python"),
-    ],
-)
-def test_bench_refuses(arguments, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench(arguments)
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err

@@ -2,32 +2,40 @@
 
 Forward, and forward with all five gradients, in turns: one call of each contestant per round, so that a noisy
 machine is noisy for all; the figures are medians over rounds. Where an interpreter with torch and
-transformers is found (`--torch-python`, else this one), their chunked form runs in the same rounds.
+transformers is found (`--torch-python`, else this one), their chunked form runs in the same rounds. On a Hopper GPU
+each kernel is measured by itself, too, beside the least time that its bytes and operations take.
 """
 
 import argparse
 import contextlib
 import functools
+import gzip
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.gated_delta_rule.api import gated_delta_rule
+from kernels_pallas.gated_delta_rule.costs import Cost, launch_costs, op_costs
 from kernels_pallas.gated_delta_rule.implementations import IMPLEMENTATIONS
 from kernels_pallas.gated_delta_rule.shapes import SHAPES, Shape
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _MODES = ("forward", "both")
 _TRANSFORMERS = "transformers (torch)"
+# On an accelerator one call takes less than its launch from Python: so many in a row.
+_IN_A_ROW = 20
 
 
 def _operands(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
@@ -43,7 +51,10 @@ def _operands(shape: Shape, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     return q, k, v, log_decay, beta, jax.random.normal(keys[5], value_shape, dtype)
 
 
-def _ours(implementation: str, shape: Shape, dtype: jnp.dtype) -> Callable[[str], float]:
+def _calls(
+    implementation: str, shape: Shape, dtype: jnp.dtype
+) -> dict[str, Callable[[], tuple[jax.Array, ...]]]:
+    """Compiled when first called, by mode."""
     *operands, do = _operands(shape, dtype)
 
     def op(*x: jax.Array) -> jax.Array:
@@ -53,17 +64,67 @@ def _ours(implementation: str, shape: Shape, dtype: jnp.dtype) -> Callable[[str]
         o, vjp = jax.vjp(op, *x)
         return o, vjp(do)
 
-    calls = {
+    return {
         "forward": functools.partial(jax.jit(op), *operands),
         "both": functools.partial(jax.jit(both), do, *operands),
     }
 
+
+def _ours(calls: dict[str, Callable[[], tuple[jax.Array, ...]]], in_a_row: int) -> Callable[[str], float]:
     def seconds(mode: str) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(calls[mode]())
-        return time.perf_counter() - start
+        jax.block_until_ready([calls[mode]() for _ in range(in_a_row)][-1])
+        return (time.perf_counter() - start) / in_a_row
 
     return seconds
+
+
+def launch_seconds(trace: pathlib.Path, names: list[str]) -> dict[str, float]:
+    """Mean time of each kernel in a profile of JAX's, by the beginning of its name; those that ran."""
+    with gzip.open(trace, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    found = {
+        name: [1e-6 * e["dur"] for e in events if e.get("ph") == "X" and e["name"].startswith(name)]
+        for name in names
+    }
+    return {name: statistics.mean(times) for name, times in found.items() if times}
+
+
+def _profiled(call: Callable[[], tuple[jax.Array, ...]], names: list[str]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([call() for _ in range(_IN_A_ROW)][-1])
+        return launch_seconds(next(pathlib.Path(folder).rglob("*.trace.json.gz")), names)
+
+
+def _against(cost: Cost, seconds: float, device_kind: str) -> str:
+    """µs, the least of them, and the rates."""
+    least = cost.seconds(device_kind)
+    columns = (
+        f"{1e6 * seconds:.0f}",
+        "" if least is None else f"{1e6 * least:.0f}",
+        f"{1e-9 * cost.moved / seconds:.0f}",
+        f"{1e-12 * cost.operations / seconds:.0f}",
+    )
+    return "".join(f"{column:>10}" for column in columns)
+
+
+def _print_kernels(
+    shape: Shape, modes: dict[str, float], calls: dict[str, Callable[..., Any]], device_kind: str
+) -> None:
+    forward, backward = op_costs(shape)
+    costs = launch_costs(shape)
+    launches = _profiled(calls["both"], list(costs))
+    print(f"\n{'mosaic_gpu':24}{'µs':>10}{'least':>10}{'GB/s':>10}{'TFLOP/s':>10}")
+    for mode, label, cost in (
+        ("forward", "forward", forward),
+        ("both", "forward + backward", forward + backward),
+    ):
+        print(f"{label:24}{_against(cost, 1e-3 * modes[mode], device_kind)}")
+    for name, seconds in launches.items():
+        print(f"{name:24}{_against(costs[name], seconds, device_kind)}")
+    rest = 1e-3 * modes["both"] - sum(launches.values())
+    print(f"{'all else':24}{1e6 * rest:10.0f}")
 
 
 @contextlib.contextmanager
@@ -159,7 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.shapes:
         shape = SHAPES[name]
         dtype = jnp.dtype(_DTYPES[options.dtype])
-        contestants = {i: _ours(i, shape, dtype) for i in options.implementations}
+        calls = {i: _calls(i, shape, dtype) for i in options.implementations}
+        in_a_row = 1 if device.platform == "cpu" else _IN_A_ROW
+        contestants = {i: _ours(of_one, in_a_row) for i, of_one in calls.items()}
         with contextlib.ExitStack() as stack:
             if torch_python is not None and device.platform == "cpu" and options.dtype == "float32":
                 theirs = _theirs(torch_python, shape, options.threads)
@@ -174,6 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         for contestant, modes in results.items():
             forward, both = (f"{modes[mode]:.2f} ({modes[mode] / first[mode]:.2f}x)" for mode in _MODES)
             print(f"{contestant:24}{forward:>18}{both:>22}")
+        if "mosaic_gpu" in calls:
+            _print_kernels(shape, results["mosaic_gpu"], calls["mosaic_gpu"], device.device_kind)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ _DIMS = (64, 128, 256)
 MAX_DIM = _DIMS[-1]
 # In the names of the devices that have the tensor cores and the copy engine of compute capability 9.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+# Names of the kernels, in the order in which they run.
+LAUNCHES = ("gdn_inverse", "gdn_forward", "gdn_walk", "gdn_gradients")
 _LOG2_E = math.log2(math.e)
 # 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
 _FORGET_LOG2 = -160.0
@@ -100,6 +102,7 @@ def _turned(plan: Plan, state: Array) -> Array:
 
 
 def _launch(
+    name: str,
     body: Callable[..., None],
     grid: dict[str, int],
     inputs: Sequence[Array],
@@ -112,6 +115,7 @@ def _launch(
     """Runs a kernel on programs of (batch, *grid); `vmap` lengthens the batch.
 
     Args:
+        name: one of `LAUNCHES`.
         body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
         grid: axes of the grid beside the batch.
         inputs: with the batch as their first axis.
@@ -136,6 +140,8 @@ def _launch(
             grid_names=("b", *grid),
             num_threads=warpgroups,
             thread_name="warpgroup",
+            # As a profiler shows it.
+            kernel_name=name,
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
             ),
@@ -167,6 +173,7 @@ def forward(
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = _whole(plan, v, plan.value_dim)
     (inverse,) = _launch(
+        "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "g": value_heads},
         [whole_k, gamma, root],
@@ -183,6 +190,7 @@ def forward(
         outputs.append(((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
     stages, copies, scratch = kernels.forward_scratch(plan)
     o, final, *states = _launch(
+        "gdn_forward",
         functools.partial(kernels.forward_body, plan, stages, copies, initial_state is not None, save_states),
         {"g": value_heads, "v": plan.slabs},
         inputs,
@@ -217,6 +225,7 @@ def backward(
     value_shape = (plan.length, value_heads, plan.value_dim)
     stages, copies, scratch = kernels.walk_scratch(plan)
     dv, dstates, dfirst = _launch(
+        "gdn_walk",
         functools.partial(kernels.backward_walk_body, plan, stages, copies),
         {"g": value_heads, "v": plan.slabs},
         [whole_q, whole_k, whole_do, inverse, gamma, root, _turned(plan, dfinal_state)],
@@ -232,6 +241,7 @@ def backward(
     slabs, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, q.shape[0] * value_heads * blocks)
     dq, dk, shares = _launch(
+        "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, slabs, stages, run),
         {"n": plan.chunks // run, "g": value_heads, "k": blocks},
         [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, gamma, root],
