@@ -203,7 +203,18 @@ def _resampled_means(curve: Curve, points: Sequence[int], seeds: Sequence[int]) 
     return losses[draws].mean(axis=1)
 
 
-def _interval(draws: np.ndarray, seeds: int) -> list[float] | None:
+def resampled_optimum(curve: Curve, optimum: Optimum) -> tuple[np.ndarray, np.ndarray] | None:
+    """(places, minima) of resamples of the seeds, NaN where one has none; None where there are too few seeds.
+
+    Two curves with as many seeds are resampled alike, so that differences of their draws are those of one resample.
+    """
+    if optimum.log2_x is None or len(optimum.seeds) < MIN_SEEDS:
+        return None
+    means = _resampled_means(curve, optimum.window, optimum.seeds)
+    return _vertex(curve.log2_x[list(optimum.window)], means)
+
+
+def interval(draws: np.ndarray, seeds: int) -> list[float] | None:
     """95 % expanded percentile interval of bootstrap draws, or None where too many have no value."""
     kept = draws[~np.isnan(draws)]
     if kept.size < (1 - LOST_RESAMPLES) * draws.size:
@@ -219,15 +230,14 @@ def analyse_preset(widths: Mapping[int, Curve], base_width: int) -> dict[str, An
     # Resampled places of the optimum, per width that has one and 5 seeds.
     draws: dict[int, np.ndarray] = {}
     for width, optimum in optima.items():
-        if optimum.log2_x is not None and len(optimum.seeds) >= MIN_SEEDS:
-            means = _resampled_means(widths[width], optimum.window, optimum.seeds)
-            draws[width] = _vertex(widths[width].log2_x[list(optimum.window)], means)[0]
+        if (resampled := resampled_optimum(widths[width], optimum)) is not None:
+            draws[width] = resampled[0]
     base = base_width if base_width in widths else min(widths)
     result: dict[str, Any] = {
         "base_width": base,
         "optimum_log2_x": {str(w): o.log2_x for w, o in optima.items()},
         "interval": {
-            str(w): _interval(draws[w], len(optima[w].seeds)) if w in draws else None for w in optima
+            str(w): interval(draws[w], len(optima[w].seeds)) if w in draws else None for w in optima
         },
         "reason": {str(w): o.reason for w, o in optima.items()},
         "minimum_nats": {str(w): o.minimum for w, o in optima.items()},
@@ -269,14 +279,14 @@ def _drift(optima: Mapping[int, Optimum], draws: Mapping[int, np.ndarray], base:
         return nothing | {"drift_reason": "one width only"}
     doublings = np.log2(np.array(list(optima)))
     weights = (doublings - doublings.mean()) / np.sum((doublings - doublings.mean()) ** 2)
-    interval, reason = None, f"no interval: fewer than {MIN_SEEDS} seeds at some width"
+    bounds, reason = None, f"no interval: fewer than {MIN_SEEDS} seeds at some width"
     if draws.keys() == optima.keys():
         fewest = min(len(optimum.seeds) for optimum in optima.values())
-        interval = _interval(weights @ np.stack(list(draws.values())), fewest)
-        reason = None if interval else "no interval: some resamples of the seeds have no minimum"
+        bounds = interval(weights @ np.stack(list(draws.values())), fewest)
+        reason = None if bounds else "no interval: some resamples of the seeds have no minimum"
     return {
         "drift_octaves_per_doubling": float(weights @ np.array(list(places.values()))),
-        "drift_interval": interval,
+        "drift_interval": bounds,
         "shift_octaves": places[max(optima)] - places[base],
         "drift_reason": reason,
     }

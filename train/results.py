@@ -2,7 +2,8 @@
 
 Every folder with `rows.jsonl` (of `gdn sweep`) or `coord_rows.jsonl` (of `gdn coord-check`) gets its report and its
 picture; the tables of the sweeps go into the README.md beside the folders, between the lines `<!-- begin NAME -->`
-and `<!-- end NAME -->`. What people write around them stays.
+and `<!-- end NAME -->`. Between `<!-- begin NAME beside NAME -->`, of two names or more, and its end these sweeps are
+compared. What people write around them stays.
 """
 
 import json
@@ -12,12 +13,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.comparison import comparison
 from train.coord_report import write_coord_report
 from train.coord_run import ROWS_FILE as COORD_ROWS_FILE
 from train.ledger import ROWS_FILE, write_atomically
 from train.report import write_report
 from train.report_analysis import power_of_two
 from train.report_figure import signed
+
+_BESIDE = re.compile(r"^<!-- begin (\S+(?: beside \S+)+) -->$", re.MULTILINE)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -101,6 +105,9 @@ def write_results(root: pathlib.Path) -> list[pathlib.Path]:
     for folder in folders:
         if (folder / ROWS_FILE).exists():
             text = replace_table(text, folder.name, markdown(write_report(folder)))
+    for names in _BESIDE.findall(text):
+        text = replace_table(text, names, comparison([root / name for name in names.split(" beside ")]))
+    for folder in folders:
         if (folder / COORD_ROWS_FILE).exists():
             lines = (folder / COORD_ROWS_FILE).read_text(encoding="utf-8").splitlines()
             write_coord_report([json.loads(line) for line in lines], folder)

@@ -1,0 +1,79 @@
+"""Sweeps side by side: shifts that were planted are found, with intervals that hold them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from train.comparison import comparison
+from train.results import replace_table, write_results
+
+
+def sweep(folder, optimum, *, seeds=5, widths=(128,), noise=0.002, least=4.0):
+    """A finished sweep; equal seeds have equal noise, whatever the sweep."""
+    folder.mkdir()
+    (folder / "sweep.json").write_text("{}")
+    lines = []
+    for width in widths:
+        rng = np.random.default_rng(width)
+        for exponent in np.arange(-9, -4, 0.5):
+            for seed, noisy in enumerate(rng.normal(0, noise, 5)[:seeds]):
+                row = {
+                    "preset": "mup", "optimizer": "adamw", "regime": "heads", "width": width, "seed": seed,
+                    "learning_rate": 2.0**exponent, "steps": 3, "tokens": 384, "diverged_at_step": None,
+                    "val_loss": least + 0.05 * (exponent - optimum) ** 2 + noisy, "config_fingerprint": "f",
+                    "code_version": "v", "base_width": 128,
+                }  # fmt: skip
+                lines.append(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return folder
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def numbers(text):
+    return [
+        float(x) for x in text.replace("−", "-").replace("[", "").replace("]", "").replace(",", "").split()
+    ]
+
+
+def test_a_shift_is_found_with_its_interval(tmp_path):
+    table = comparison(
+        [sweep(tmp_path / "depth-4", -6.4), sweep(tmp_path / "depth-8", -6.7, least=3.9, widths=(128, 256))]
+    )
+    first, same, other = cells(table)
+    assert first[:3] == ["depth-4", "`mup`", "128"]
+    assert first[4] == "—"
+    shift, low, high = numbers(same[4])
+    # The noise is the same, and so are the resamples: what is left of it is the different window.
+    assert low <= shift <= high
+    assert shift == pytest.approx(-0.3, abs=0.03)
+    assert high - low < 0.1
+    loss, error = same[5].split(" ± ")
+    assert float(loss) == pytest.approx(3.9, abs=0.003)
+    assert 0 < float(error) < 0.003
+    # No such width in the first.
+    assert other[2] == "256"
+    assert other[4] == "—"
+
+
+def test_without_five_seeds_there_is_no_interval_and_without_a_minimum_no_number(tmp_path):
+    table = comparison([sweep(tmp_path / "a", -6.4, seeds=1), sweep(tmp_path / "b", -3.0, seeds=1)])
+    first, edge = cells(table)
+    assert math.isclose(numbers(first[3].removeprefix("2^"))[0], -6.4, abs_tol=0.05)
+    assert numbers(first[5]) == pytest.approx([4.0], abs=0.01)
+    assert edge[3].startswith("none: the best learning rate, 2^-4.5, is the highest that was run")
+    assert edge[4:] == ["—", "—"]
+
+
+def test_a_readme_names_what_stands_beside_what(tmp_path):
+    one, two = sweep(tmp_path / "one", -6.4), sweep(tmp_path / "two", -6.5)
+    marks = [f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("one", "two", "one beside two")]
+    (tmp_path / "README.md").write_text("".join(marks))
+    write_results(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert comparison([one, two]) in text
+    assert replace_table(text, "one beside two", comparison([one, two])) == text
