@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,12 @@ from train.mesh import MeshShape, build_mesh, process_rows
 ROOT = pathlib.Path(__file__).parents[1]
 # No cache: as in test_mesh.py.
 PLATFORM = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
+# Gloo, a library of XLA's, speaks on every process, from several threads at once: their pieces may come in any order.
+_GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d|\s"
+)
 
 
 def start(folder, command, processes, devices, *words):
@@ -54,8 +61,7 @@ def run(folder, command, processes, devices, *words):
     codes = [process.wait(timeout=500) for process in started]
     assert not any(codes), "".join(output.with_suffix(".err").read_text() for output in outputs)
     printed = [output.with_suffix(".out").read_text() for output in outputs]
-    # Gloo, a library of XLA's, speaks on every process.
-    return ["".join(x for x in text.splitlines(True) if "[Gloo]" not in x) for text in printed]
+    return ["".join(x for x in text.splitlines(True) if _GLOO.sub("", x)) for text in printed]
 
 
 def train(folder, out, processes, devices, *words):
