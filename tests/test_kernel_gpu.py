@@ -72,6 +72,18 @@ def test_gates_norm_documents_and_padding_inside():
         assert_near(name, value, wanted[name], "bfloat16")
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 192, 1, 1, 64, 256), (1, 192, 1, 1, 128, 128), (1, 192, 1, 1, 256, 64)]
+)
+def test_several_chunks_a_program(shape, monkeypatch):
+    """Every buffer is filled again, and every barrier passes more than once: one program has all chunks of a head."""
+    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, rows: chunks)
+    x = rounded(shape, "bfloat16")
+    actual, wanted = interpreted(KERNEL, x), defined(REFERENCE, x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], "bfloat16")
+
+
 def test_beta_of_zero_and_decay_to_nothing():
     """What the kernels divide by is never zero, and what they forget is never infinite."""
     x = rounded((1, 64, 1, 1, 64, 64), "bfloat16", seed=4)

@@ -908,9 +908,9 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             dq = dq * _down(jnp.exp2(gamma) * plan.scale, width)
             dq = _dot(plan, at("dscores"), at("k"), dq)
             put("query", _row_products(dq, at("q")))
-            plgpu.barrier_arrive(s["chunk_free"])
             at("dq")[...] = dq.astype(plan.compute)
             plgpu.commit_smem()
+            plgpu.barrier_arrive(s["chunk_free"])
             plgpu.copy_smem_to_gmem(
                 s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
@@ -961,8 +961,9 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                     offered = _load(at("v", slot * slabs + i)).astype(_FLOAT) * _down(root)
                     missing = offered - recalled[i] * _down(root * jnp.exp2(gamma))
                     at("missing", i)[...] = missing.astype(plan.compute)
-                plgpu.barrier_arrive(s["v_free"].at[slot])
+                # Fences come before the barrier wherever the copy engine writes what threads have read.
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(s["v_free"].at[slot])
                 plgpu.barrier_wait(s["dv_came"].at[slot])
                 dvs, dstates = (
                     [at(name, slot * slabs + i) for i in range(slabs)] for name in ("dv", "dstate")
@@ -1012,11 +1013,11 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             put("key_written", by_key(more))
             dk = dk + more
             plgpu.barrier_arrive(s["pairs_taken"])
-            plgpu.barrier_arrive(s["chunk_free"])
             for i in range(width // CHUNK):
                 columns = lax.slice(dk, (0, i * CHUNK), (CHUNK, (i + 1) * CHUNK))
                 at(leaving, i)[...] = columns.astype(plan.compute)
             plgpu.commit_smem()
+            plgpu.barrier_arrive(s["chunk_free"])
             start = lax.rem(block, blocks) * width
             for i in range(width // CHUNK):
                 target = dk_ref.at[b, tokens(c), g, pl.ds(start + i * CHUNK, CHUNK)]
