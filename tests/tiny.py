@@ -7,6 +7,7 @@ import numpy as np
 
 from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig
+from train.ledger import write_atomically
 from train.mesh import MeshShape, build_mesh
 
 # One block of one 8-wide head; compiles in seconds.
@@ -25,7 +26,8 @@ def write_corpus(folder: pathlib.Path) -> pathlib.Path:
     words = ["abba", "cede", "fog", "hihi", "jot"]
     text = "\n\n".join(" ".join(rng.choice(words, 40)) for _ in range(60))
     path = folder / "corpus.txt"
-    path.write_text(text)
+    # Processes of one test write it at once: none may find it empty.
+    write_atomically(path, text)
     return path
 
 
