@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,21 +23,19 @@ from matplotlib.figure import Figure
 from kernels_pallas.gated_delta_rule.implementations import IMPLEMENTATIONS
 from train import loop
 from train.config import ModelOptions, OptimizerOptions
-from train.data import DataConfig, prepare, train_batch
+from train.data import DataConfig, PreparedData, prepare, train_batch
 from train.mesh import MeshShape, build_mesh
-from train.report_figure import DOTS_PER_INCH, STYLE, WIDTH_INCHES
+from train.report_figure import STYLE, WIDTH_INCHES, save
 from train.step import Metrics, Program, ahead_of_time, compile_program
 
 # Until then a device may still be warming up.
 _TIMED_FROM = 0.2
 
 
-def train(implementation: str, options: argparse.Namespace) -> dict[str, Any]:
+def train(
+    implementation: str, options: argparse.Namespace, data_config: DataConfig, data: PreparedData
+) -> dict[str, Any]:
     """Losses of all steps, and tokens per second of those after the first fifth."""
-    data_config = DataConfig(
-        corpus=options.corpus, sequence_length=options.sequence_length, batch_size=options.batch_size
-    )
-    data = prepare(data_config)
     model = ModelOptions(layers=4, key_dim=64, value_dim=64, base_width=128, compute_dtype="bfloat16")
     config = dataclasses.replace(
         model.gdn_config(options.width, data.vocab_size), implementation=implementation
@@ -73,8 +72,6 @@ def train(implementation: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def plot(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss against step, and the differences from the first curve below."""
-    import matplotlib
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
@@ -91,7 +88,7 @@ def plot(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
         above.legend()
         below.set_ylabel(f"less {curves[0]['implementation']}")
         below.set_xlabel("step")
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None}, facecolor="white")
+        save(figure, path)
 
 
 def main() -> None:
@@ -111,11 +108,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 10:
         parser.error(f"--steps must be at least 10; got {options.steps}. Use 200.")
+    data_config = DataConfig(
+        corpus=options.corpus, sequence_length=options.sequence_length, batch_size=options.batch_size
+    )
     options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        data = prepare(data_config)
+    except ValueError as error:
+        parser.error(str(error))
     curves = []
     for implementation in options.implementations:
         try:
-            curves.append(train(implementation, options))
+            curves.append(train(implementation, options, data_config, data))
         except (NotImplementedError, ValueError) as error:
             parser.error(str(error))
         print(

@@ -1,8 +1,8 @@
 """Sweeps side by side: where what they do not share, such as the depth or the decay, moves the optimum."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,21 +13,22 @@ from train.report_analysis import (
     curves,
     find_optimum,
     interval,
-    power_of_two,
     resampled_optimum,
+    standard_error,
 )
 from train.report_figure import signed
 from train.report_rows import read_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    curve: Curve
+class _Found(NamedTuple):
     optimum: Optimum
+    # As `resampled_optimum` gives them.
+    draws: tuple[np.ndarray, np.ndarray] | None
 
-    @property
-    def draws(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return resampled_optimum(self.curve, self.optimum)
+
+def _find(curve: Curve) -> _Found:
+    optimum = find_optimum(curve)
+    return _Found(optimum, resampled_optimum(curve, optimum))
 
 
 def comparison(folders: Sequence[pathlib.Path]) -> str:
@@ -46,7 +47,7 @@ def comparison(folders: Sequence[pathlib.Path]) -> str:
     first: dict[tuple[str, int], _Found] = {}
     for folder in folders:
         found = {
-            (preset, width): _Found(curve, find_optimum(curve))
+            (preset, width): _find(curve)
             for preset, widths in curves(read_rows(folder / ROWS_FILE)).items()
             for width, curve in widths.items()
         }
@@ -59,21 +60,21 @@ def comparison(folders: Sequence[pathlib.Path]) -> str:
 
 
 def _cells(found: _Found, first: _Found | None) -> tuple[str, str, str]:
-    place, minimum = found.optimum.log2_x, found.optimum.minimum
-    if place is None or minimum is None:
-        return f"none: {found.optimum.reason}", "—", "—"
-    draws, seeds = found.draws, len(found.optimum.seeds)
-    where = f"{power_of_two(place)}{_bracket(None if draws is None else interval(draws[0], seeds))}"
-    # A bootstrap's variance is short by (seeds - 1) / seeds.
-    error = None if draws is None else float(np.nanstd(draws[1])) * (seeds / (seeds - 1)) ** 0.5
-    loss = f"{minimum:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    optimum, draws = found
+    if optimum.log2_x is None:
+        return f"none: {optimum.reason}", "—", "—"
+    seeds = len(optimum.seeds)
+    where = f"2^{optimum.log2_x:.2f}{bracket(None if draws is None else interval(draws[0], seeds))}"
+    error = None if draws is None else standard_error(draws[1], seeds)
+    loss = f"{optimum.minimum:.4f}" + ("" if error is None else f" ± {error:.4f}")
     if first is None or first.optimum.log2_x is None:
         return where, "—", loss
     bounds = None
-    if draws is not None and first.draws is not None and first.optimum.seeds == found.optimum.seeds:
+    if draws is not None and first.draws is not None and first.optimum.seeds == optimum.seeds:
         bounds = interval(draws[0] - first.draws[0], seeds)
-    return where, signed(place - first.optimum.log2_x) + _bracket(bounds), loss
+    return where, signed(optimum.log2_x - first.optimum.log2_x) + bracket(bounds), loss
 
 
-def _bracket(bounds: Sequence[float] | None) -> str:
+def bracket(bounds: Sequence[float] | None) -> str:
+    """An interval behind a number, or nothing."""
     return f" [{signed(bounds[0])}, {signed(bounds[1])}]" if bounds else ""

@@ -214,10 +214,22 @@ def resampled_optimum(curve: Curve, optimum: Optimum) -> tuple[np.ndarray, np.nd
     return _vertex(curve.log2_x[list(optimum.window)], means)
 
 
+def _kept(draws: np.ndarray) -> np.ndarray | None:
+    kept = draws[~np.isnan(draws)]
+    return kept if kept.size >= (1 - LOST_RESAMPLES) * draws.size else None
+
+
+def standard_error(draws: np.ndarray, seeds: int) -> float | None:
+    """Of bootstrap draws, or None where too many have no value."""
+    if (kept := _kept(draws)) is None:
+        return None
+    # A bootstrap's variance is short by (seeds - 1) / seeds.
+    return float(np.std(kept) * math.sqrt(seeds / (seeds - 1)))
+
+
 def interval(draws: np.ndarray, seeds: int) -> list[float] | None:
     """95 % expanded percentile interval of bootstrap draws, or None where too many have no value."""
-    kept = draws[~np.isnan(draws)]
-    if kept.size < (1 - LOST_RESAMPLES) * draws.size:
+    if (kept := _kept(draws)) is None:
         return None
     tail = stats.norm.cdf(math.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.025, seeds - 1))
     low, high = np.quantile(kept, [tail, 1 - tail])
@@ -330,11 +342,7 @@ def _regret(widths: Mapping[int, Curve], optima: Mapping[int, Optimum], base: in
     if len(optimum.seeds) >= MIN_SEEDS and set(optimum.seeds) <= curve.by_seed[index].keys():
         means = _resampled_means(curve, (*optimum.window, index), optimum.seeds)
         draws = means[:, -1] - _vertex(curve.log2_x[list(optimum.window)], means[:, :-1])[1]
-        draws = draws[~np.isnan(draws)]
-        if draws.size >= (1 - LOST_RESAMPLES) * RESAMPLES:
-            # A bootstrap's variance is short by (seeds - 1) / seeds.
-            seeds = len(optimum.seeds)
-            out["regret_standard_error"] = float(np.std(draws) * math.sqrt(seeds / (seeds - 1)))
+        out["regret_standard_error"] = standard_error(draws, len(optimum.seeds))
     return out
 
 

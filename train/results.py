@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.comparison import comparison
+from train.comparison import bracket, comparison
 from train.coord_report import write_coord_report
 from train.coord_run import ROWS_FILE as COORD_ROWS_FILE
 from train.ledger import ROWS_FILE, write_atomically
@@ -58,8 +58,7 @@ def _optimum(preset: Mapping[str, Any], width: str) -> str:
         return "not run"
     place, interval = preset["optimum_log2_x"][width], preset["interval"][width]
     if place is not None:
-        bracket = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-        return f"2^{place:.2f}{bracket}".replace(" [-", " [−").replace(", -", ", −")
+        return f"2^{place:.2f}{bracket(interval)}"
     best = preset["best_run"][width]
     return "diverged" if best is None else f"none (best run {power_of_two(best['log2_x'])})"
 
@@ -67,7 +66,7 @@ def _optimum(preset: Mapping[str, Any], width: str) -> str:
 def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
     if value is None:
         return "—"
-    return signed(value) + (f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else "")
+    return signed(value) + bracket(interval)
 
 
 def _regret(preset: Mapping[str, Any]) -> str:
@@ -105,12 +104,11 @@ def write_results(root: pathlib.Path) -> list[pathlib.Path]:
     for folder in folders:
         if (folder / ROWS_FILE).exists():
             text = replace_table(text, folder.name, markdown(write_report(folder)))
-    for names in _BESIDE.findall(text):
-        text = replace_table(text, names, comparison([root / name for name in names.split(" beside ")]))
-    for folder in folders:
         if (folder / COORD_ROWS_FILE).exists():
             lines = (folder / COORD_ROWS_FILE).read_text(encoding="utf-8").splitlines()
             write_coord_report([json.loads(line) for line in lines], folder)
+    for names in _BESIDE.findall(text):
+        text = replace_table(text, names, comparison([root / name for name in names.split(" beside ")]))
     write_atomically(readme, text)
     return folders
 

@@ -33,7 +33,7 @@ class Rows:
         self._lock = threading.Lock()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds the rows of a pack; the first process has them on disk, all or none, when this returns."""
+        """Adds the rows of a pack; the first process has them on disk, in one write, when this returns."""
         with self._lock:
             self._write(rows)
 

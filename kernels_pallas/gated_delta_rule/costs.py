@@ -5,8 +5,8 @@ import dataclasses
 from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK
 from kernels_pallas.gated_delta_rule.shapes import Shape
 
-# Of a device whose name has the word: bytes and floating-point operations a second, as a copy of 2 GiB and a matmul
-# of 4096³ in bfloat16 reach them on an H100 (2026-11, 80 GB HBM3).
+# Of a device whose name has the word: bytes and floating-point operations a second, as a copy within its memory and a
+# bfloat16 matmul reached them on one H100 80GB.
 _RATES = {"H100": (3.02e12, 688e12)}
 # Of q, k, v, o and what is saved of them; gates are float32.
 _HALF, _GATE = 2, 4

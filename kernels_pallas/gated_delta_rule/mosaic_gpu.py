@@ -25,8 +25,6 @@ _DIMS = (64, 128, 256)
 MAX_DIM = _DIMS[-1]
 # In the names of the devices that have the tensor cores and the copy engine of compute capability 9.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-# Names of the kernels, in the order in which they run.
-LAUNCHES = ("gdn_inverse", "gdn_forward", "gdn_walk", "gdn_gradients")
 _LOG2_E = math.log2(math.e)
 # 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
 _FORGET_LOG2 = -160.0
@@ -115,7 +113,7 @@ def _launch(
     """Runs a kernel on programs of (batch, *grid); `vmap` lengthens the batch.
 
     Args:
-        name: one of `LAUNCHES`.
+        name: as `costs.launch_costs` has it.
         body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
         grid: axes of the grid beside the batch.
         inputs: with the batch as their first axis.
