@@ -94,10 +94,13 @@ class Plan:
         return min(self.key_dim, 128)
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the order that the copy engine and the tensor cores want."""
+def tiled(shape: tuple[int, ...], dtype: Any, *, columns: int | None = None) -> Any:
+    """Shared memory in the order that the copy engine and the tensor cores want.
+
+    With `columns` so many are next to each other in memory, and can be taken for themselves.
+    """
     size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * size * 8)
     order = (
         plgpu.TilingTransform((8, swizzle // size)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
@@ -273,25 +276,41 @@ def _pipeline(count: int, stages: int, free: Any, issue: Callable[[Any, Any], No
 
 # T of every chunk ---------------------------------------------------------------------------------------------------
 
+# Rows of a warp in a tile, and so of the diagonal blocks of T that are made first.
+_WARP_ROWS = 16
+
+
+def _strips(x: jax.Array) -> list[jax.Array]:
+    """The columns of x, `_WARP_ROWS` at a time."""
+    return [
+        lax.slice(x, (0, start), (CHUNK, start + _WARP_ROWS)) for start in range(0, x.shape[1], _WARP_ROWS)
+    ]
+
 
 def inverse_scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory of `inverse_body`. A reference has one layout: γ comes once for rows, once for columns."""
+    strip = (CHUNK, _WARP_ROWS)
     return {
         "k": tiled((CHUNK, plan.key_dim), plan.compute),
         "gamma_rows": plain(CHUNK),
         "gamma_columns": plain(CHUNK),
         "root_rows": plain(CHUNK),
         "root_columns": plain(CHUNK),
-        "a": tiled(_SQUARE, jnp.float16),
-        "inverse": tiled(_SQUARE, jnp.float16),
-        "product": tiled(_SQUARE, jnp.float16),
-        "result": tiled(_SQUARE, plan.compute),
+        "a": tiled(_SQUARE, jnp.float16, columns=_WARP_ROWS),
+        "diagonal": tiled(strip, jnp.float16),
+        "inverse": tiled(strip, jnp.float16),
+        "corner": tiled(strip, jnp.float16),
+        "result": tiled(_SQUARE, plan.compute, columns=_WARP_ROWS),
         "came": plgpu.Barrier(num_arrivals=5),
     }
 
 
 def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_ref: Any, **s: Any) -> None:
     """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype.
+
+    The 16 rows of a warp have one of the four diagonal blocks of 16 × 16. As long as nothing else is needed, these are
+    a strip of 64 × 16, and a product of two of them is four products, each of whose left operands is zero but for one
+    warp: a quarter of the registers, and of the instructions, of tiles of 64 × 64.
 
     In float16: with unit keys and β ≤ 2 no entry of it, nor of the inverse of any diagonal block, nor of the products
     on the way is larger than 2, and float16 keeps three bits more than bfloat16.
@@ -306,30 +325,79 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
     plgpu.barrier_wait(s["came"])
 
     def prepare() -> jax.Array:
-        roots = _down(_load(s["root_rows"], _ROWS)) * _across(_load(s["root_columns"], _COLUMNS))
-        return _decay_between(s["gamma_rows"], s["gamma_columns"]) * roots
+        # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used.
+        row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
+        ends = _load(s["gamma_rows"], _ROWS) + jnp.log2(_load(s["root_rows"], _ROWS))
+        starts = _load(s["gamma_columns"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+        return jnp.exp2(jnp.where(row > column, _down(ends) - _across(starts), -jnp.inf))
 
-    # Eq. (24), of which only what lies below the diagonal is used.
+    # Eq. (24).
     a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
-    row, column = _indices(s["gamma_rows"])
-    a = jnp.where(row > column, a * decay, 0.0)
-    s["a"][...] = a.astype(jnp.float16)
-    # Blocks of two: 1 on the diagonal, −A below it.
-    inverse = jnp.where(row == column, 1.0, jnp.where(lax.bitwise_xor(row, column) == 1, -a, 0.0)).astype(
-        jnp.float16
+    a = a * decay
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (CHUNK, _WARP_ROWS), axis, layout=_TILE) for axis in (0, 1)
     )
-    block = 2
-    while block < CHUNK:
-        s["inverse"][...] = inverse
+    warp, row = lax.shift_right_logical(row, 4), lax.bitwise_and(row, _WARP_ROWS - 1)
+    # Two float16 numbers are multiplied at once, and selected one by one.
+    ones = [jnp.where(warp == i, 1.0, 0.0).astype(jnp.float16) for i in range(4)]
+
+    def only(which: int, x: jax.Array) -> jax.Array:
+        return x * ones[which]
+
+    def rows(ref: Any, which: int) -> Any:
+        return ref.at[pl.ds(which * _WARP_ROWS, _WARP_ROWS)]
+
+    def blocks(x: jax.Array) -> jax.Array:
+        """The tile of which x is the strip."""
+        return lax.concatenate([only(i, x) for i in range(4)], 1)
+
+    diagonal = functools.reduce(lambda x, i: jnp.where(warp == i, _strips(a)[i], x), range(1, 4), _strips(a)[0])
+    s["a"][...] = a.astype(jnp.float16)
+    s["diagonal"][...] = diagonal.astype(jnp.float16)
+    apart = lax.bitwise_xor(row, column)
+    # Blocks of two: 1 on the diagonal, −A below it.
+    inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, diagonal * -1.0, 0.0))
+    for block in (2, 4, 8):
+        low = inverse.astype(jnp.float16)
+        s["inverse"][...] = low
         plgpu.commit_smem()
-        s["product"][...] = _dot(plan, s["a"], s["inverse"]).astype(jnp.float16)
-        plgpu.commit_smem()
-        product = _dot(plan, s["inverse"], s["product"]).astype(jnp.float16)
+        (product,) = _sums(plan, (None, [(blocks(low), s["diagonal"])]))
         # Of it only the corners count: in different blocks of `block` and in the same of twice as many.
-        apart = lax.bitwise_xor(*_indices(s["gamma_rows"]))
-        inverse = inverse - jnp.where((apart >= block) & (apart < 2 * block), product, jnp.float16(0.0))
-        block *= 2
-    s["result"][...] = inverse.astype(plan.compute)
+        corners = jnp.where((apart >= block) & (apart < 2 * block), product * -1.0, 0.0).astype(jnp.float16)
+        (inverse,) = _sums(plan, (inverse, [(blocks(corners), s["inverse"])]))
+    low = inverse.astype(jnp.float16)
+    s["inverse"][...] = low
+    plgpu.commit_smem()
+
+    def corner(row: int, columns: int, width: int) -> Any:
+        return rows(s["a"], row).at[:, pl.ds(columns * _WARP_ROWS, width)]
+
+    # Blocks of 32 have a corner of 16 × 16 in the second and in the fourth warp,
+    (product,) = _sums(
+        plan, (None, [(only(i, low), corner(i, i - 1, _WARP_ROWS)) for i in (1, 3)])
+    )
+    product = (product * -1.0).astype(jnp.float16)
+    (small,) = _sums(plan, (None, [(only(i, product), rows(s["inverse"], i - 1)) for i in (1, 3)]))
+    small_low = small.astype(jnp.float16)
+    s["corner"][...] = small_low
+    plgpu.commit_smem()
+    # and the whole one of 32 × 32, in the last two warps.
+    left = jnp.where(warp == 2, low, only(3, small_low)), only(3, low)
+    (product,) = _sums(plan, (None, [(x, corner(i, 0, 2 * _WARP_ROWS)) for i, x in zip((2, 3), left, strict=True)]))
+    first, second = _strips((product * -1.0).astype(jnp.float16))
+    large = _sums(
+        plan,
+        (None, [(first, rows(s["inverse"], 0)), (second, rows(s["corner"], 1))]),
+        (None, [(second, rows(s["inverse"], 1))]),
+    )
+    strips = (
+        jnp.where(warp == 0, inverse, jnp.where(warp == 1, small, large[0])),
+        jnp.where(warp == 1, inverse, large[1]),
+        jnp.where(warp == 2, inverse, jnp.where(warp == 3, small, 0.0)),
+        jnp.where(warp == 3, inverse, 0.0),
+    )
+    for i, strip in enumerate(strips):
+        s["result"].at[:, pl.ds(i * _WARP_ROWS, _WARP_ROWS)][...] = strip.astype(plan.compute)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(s["result"], inverse_ref.at[b, g, tokens])
     plgpu.wait_smem_to_gmem(0)
