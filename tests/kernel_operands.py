@@ -8,9 +8,9 @@ import numpy as np
 
 # RMS(error) / RMS(expected), by the dtype of the inputs. Acceptance of float64 and float32 as the issue sets it;
 # bfloat16 is held to the 0.25-1 % that published kernels reach against float64.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 # Gate gradients are sums of terms of both signs over all of T.
-GATE_TOLERANCE = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 1e-2}
+GATE_TOLERANCE = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 1e-2, "float16": 2e-3}
 GATES = {"dlog_decay", "dbeta", "da", "db", "dA_log", "ddt_bias"}
 
 

@@ -30,6 +30,14 @@ def no_races(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+def check(op, reference, x, tolerance="bfloat16"):
+    """What the kernels give for `op` is what the definition gives, and gradients too."""
+    actual, wanted = interpreted(op, x), defined(reference, x)
+    for name, value in actual.items():
+        assert_near(name, value, wanted[name], tolerance)
+    return actual
+
+
 def interpreted(op, x, params=STRICT):
     with plgpu.force_gpu_interpret_mode(params):
         result = jax.jit(functools.partial(forward_and_gradients, op))(x)
@@ -50,12 +58,38 @@ CASES = {
 def test_equals_definition(case):
     shape, hard, options = CASES[case]
     x = rounded(shape, "bfloat16", **hard)
-    actual = interpreted(functools.partial(KERNEL, **options), x)
-    wanted = defined(functools.partial(REFERENCE, **options), x)
+    actual = check(functools.partial(KERNEL, **options), functools.partial(REFERENCE, **options), x)
     assert actual["o"].dtype == "bfloat16"
     assert actual["final_state"].dtype == "float32"
-    for name, value in actual.items():
-        assert_near(name, value, wanted[name], "bfloat16")
+
+
+# The kernels subtract what eq. (27) subtracts, but for K = 256; float16 has its norms outside.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 100, 1, 2, 64, 64), "bfloat16"),
+        ((1, 70, 1, 1, 128, 64), "bfloat16"),
+        ((1, 40, 1, 2, 256, 64), "bfloat16"),
+        ((1, 70, 1, 1, 64, 64), "float16"),
+    ],
+)
+def test_norms_inside(shape, dtype):
+    """Keys and queries of lengths from 0.1 to 30, and an eps that is not small beside all of them."""
+    x = rounded(shape, dtype, seed=5)
+    rng = np.random.default_rng(6)
+    for name in "qk":
+        lengths = 10.0 ** rng.uniform(-1, 1.5, size=(*shape[:3], 1))
+        x[name] = (x[name].astype("float32") * lengths).astype(dtype)
+    options = {"qk_norm_eps": 1e-2}
+    check(functools.partial(KERNEL, **options), functools.partial(REFERENCE, **options), x)
+
+
+def test_float16():
+    """As near as bfloat16 ought to be, and nearer: three more bits."""
+    x = rounded((1, 130, 1, 2, 64, 128), "float16")
+    actual = check(KERNEL, REFERENCE, x, "float16")
+    assert actual["o"].dtype == "float16"
+    assert actual["dq"].dtype == "float16"
 
 
 def test_gates_norm_documents_and_padding_inside():
@@ -79,9 +113,7 @@ def test_several_chunks_a_program(shape, monkeypatch):
     """Every buffer is filled again, and every barrier passes more than once: one program has all chunks of a head."""
     monkeypatch.setattr(tiling, "gpu_run", lambda chunks, rows: chunks)
     x = rounded(shape, "bfloat16")
-    actual, wanted = interpreted(KERNEL, x), defined(REFERENCE, x)
-    for name, value in actual.items():
-        assert_near(name, value, wanted[name], "bfloat16")
+    check(KERNEL, REFERENCE, x)
 
 
 def test_beta_of_zero_and_decay_to_nothing():
@@ -90,9 +122,7 @@ def test_beta_of_zero_and_decay_to_nothing():
     at = np.arange(64)
     x["beta"] = jnp.where((at % 5 == 0)[None, :, None], 0.0, x["beta"])
     x["log_decay"] = jnp.where((at % 7 == 0)[None, :, None], -1e4, x["log_decay"])
-    actual, wanted = interpreted(KERNEL, x), defined(REFERENCE, x)
-    for name, value in actual.items():
-        assert_near(name, value, wanted[name], "bfloat16")
+    check(KERNEL, REFERENCE, x)
 
 
 def test_a_planted_race_is_found(monkeypatch, capfd):
@@ -141,7 +171,7 @@ def test_refuses_by_name():
         KERNEL(**x)
     with plgpu.force_gpu_interpret_mode(STRICT):
         whole = x | {name: x[name].astype("float32") for name in "qkv"}
-        with pytest.raises(NotImplementedError, match="all be bfloat16; got float32"):
+        with pytest.raises(NotImplementedError, match="all be bfloat16 or all float16; got float32"):
             KERNEL(**whole)
         wide = rounded((1, 8, 1, 1, 300, 64), "bfloat16")
         with pytest.raises(NotImplementedError, match="K must be at most 256; got 300"):

@@ -247,14 +247,25 @@ def _gpu_kernels(
     return _gpu_run(options, operands, valid, reset, save_states=False)[0]
 
 
+def _gpu_core(options: Options, operands: Operands, valid: Array | None, reset: Array | None) -> _KernelCore:
+    """What the kernels take; norms that they do themselves are left to them."""
+    inside = options.qk_norm_eps is not None and mosaic_gpu.norms_inside(operands.q)
+    if inside:
+        options = options._replace(qk_norm_eps=None)
+    return _kernel_core(options, operands, valid, reset, prepare=True)
+
+
 def _gpu_run(
     options: Options, operands: Operands, valid: Array | None, reset: Array | None, *, save_states: bool
 ) -> tuple[tuple[Array, Array], Any]:
     assert options.scale is not None
-    core = _kernel_core(options, operands, valid, reset, prepare=True)
-    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
-    o, final_state, saved = mosaic_gpu.forward(plan, *core[:-1], core.initial_state, save_states=save_states)
-    return (o, final_state), saved
+    core = _gpu_core(options, operands, valid, reset)
+    lengths = mosaic_gpu.inverse_lengths(core.q, core.k, options.qk_norm_eps)
+    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale, normed=lengths is not None)
+    o, final_state, saved = mosaic_gpu.forward(
+        plan, *core[:-1], core.initial_state, lengths, save_states=save_states
+    )
+    return (o, final_state), (saved, lengths)
 
 
 def _gpu_kernels_fwd(options: Options, operands: Operands, valid: Array | None, reset: Array | None):
@@ -264,13 +275,14 @@ def _gpu_kernels_fwd(options: Options, operands: Operands, valid: Array | None, 
 
 
 def _gpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
-    operands, valid, reset, saved = residuals
+    operands, valid, reset, ((states, inverse), lengths) = residuals
     assert options.scale is not None
-    core, core_vjp = jax.vjp(lambda x: _kernel_core(options, x, valid, reset, prepare=True), operands)
-    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale)
-    states, inverse = saved
+    core, core_vjp = jax.vjp(lambda x: _gpu_core(options, x, valid, reset), operands)
+    plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale, normed=lengths is not None)
     do, dfinal_state = cotangents
-    gradients = mosaic_gpu.backward(plan, *core[:-1], core.initial_state, states, inverse, do, dfinal_state)
+    gradients = mosaic_gpu.backward(
+        plan, *core[:-1], core.initial_state, lengths, states, inverse, do, dfinal_state
+    )
     return (*core_vjp(_KernelCore(*gradients)), None, None)
 
 

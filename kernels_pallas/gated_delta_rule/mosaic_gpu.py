@@ -7,7 +7,7 @@ gates, small arrays, are laid out anew with time last, (B, G, T).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel as kernels
 from kernels_pallas.gated_delta_rule import tiling
 from kernels_pallas.gated_delta_rule.batching import folding_vmap
-from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, SHARES, Plan
+from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, Plan
 
-_DTYPES = (jnp.bfloat16,)
+_DTYPES = (jnp.bfloat16, jnp.float16)
 # Lengths of keys and values; others are filled with zeros up to the next one.
 _DIMS = (64, 128, 256)
 MAX_DIM = _DIMS[-1]
@@ -39,7 +39,7 @@ def refusal(q: Array, k: Array, v: Array, inverse_precision: Any) -> str | None:
         return f"the kernels invert in float16; got inverse_precision={inverse_precision!r}"
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or dtypes.pop() not in _DTYPES:
-        return f"q, k and v must all be bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}"
+        return f"q, k and v must all be bfloat16 or all float16; got {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] > MAX_DIM:
         return f"K must be at most {MAX_DIM}; got {q.shape[-1]}"
     return None
@@ -65,7 +65,34 @@ def _native(dim: int) -> int:
     return next(native for native in _DIMS if dim <= native)
 
 
-def make_plan(q: Array, v: Array, *, scale: float) -> Plan:
+class Lengths(NamedTuple):
+    """One over the lengths of q and k, which the kernels then divide by: (B, H, T) float32."""
+
+    q: Array
+    k: Array
+
+
+def norms_inside(q: Array) -> bool:
+    """Whether the kernels divide q and k by their lengths themselves.
+
+    Not in float16: what eq. (27) has in place of V' is as large as keys are short, and would overflow.
+    """
+    return q.dtype == jnp.bfloat16
+
+
+def inverse_lengths(q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], eps: float | None) -> Lengths | None:
+    """What the kernels need for the norms of q and k; None where they do not do them."""
+    if eps is None or not norms_inside(q):
+        return None
+
+    def one_over(x: Array) -> Array:
+        squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+        return jax.lax.rsqrt(squares + eps).transpose(0, 2, 1)
+
+    return Lengths(one_over(q), one_over(k))
+
+
+def make_plan(q: Array, v: Array, *, scale: float, normed: bool) -> Plan:
     """How the work is cut; the operands must have passed `refusal`."""
     return Plan(
         length=-(-q.shape[1] // CHUNK) * CHUNK,
@@ -73,6 +100,7 @@ def make_plan(q: Array, v: Array, *, scale: float) -> Plan:
         key_dim=_native(q.shape[-1]),
         value_dim=_native(v.shape[-1]),
         scale=scale,
+        normed=normed,
         compute=jnp.dtype(q.dtype),
         interpreted=interpreted(),
     )
@@ -83,14 +111,25 @@ def _whole(plan: Plan, x: Array, dim: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, dim - x.shape[3])))
 
 
-def _gates(plan: Plan, log_decay: Array, beta: Array) -> tuple[Array, Array]:
-    """(B, T, G) each → γ, sums of log₂ α from the start of each chunk, and √β, both (B, G, T) float32."""
-    filling = ((0, 0), (0, plan.length - log_decay.shape[1]), (0, 0))
+def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -> list[Array]:
+    """(B, T, G) each → γ, sums of log₂ α from the start of each chunk, and √β, both (B, G, T) float32.
+
+    With `lengths` also √β over the length of k, and the scale over that of q, (B, G, T).
+    """
+    missing = plan.length - log_decay.shape[1]
+    filling = ((0, 0), (0, missing), (0, 0))
     log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
     root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
     log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
     in_chunks = log2.reshape(*log2.shape[:2], plan.chunks, CHUNK)
-    return jnp.cumsum(in_chunks, axis=-1).reshape(log2.shape), root
+    gates = [jnp.cumsum(in_chunks, axis=-1).reshape(log2.shape), root]
+    if lengths is not None:
+        q, k = (
+            jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
+            for x in lengths
+        )
+        gates += [root * k, plan.scale * q]
+    return gates
 
 
 def _turned(plan: Plan, state: Array) -> Array:
@@ -159,6 +198,7 @@ def forward(
     log_decay: Float[Array, "B T G"],
     beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
+    lengths: Lengths | None,
     *,
     save_states: bool,
 ) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], tuple[Array, Array] | None]:
@@ -167,29 +207,29 @@ def forward(
     The states are (B, G, N, V, K) and T is (B, G, T, C), both in the dtype of q.
     """
     value_heads = v.shape[2]
-    gamma, root = _gates(plan, log_decay, beta)
+    gates = _gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = _whole(plan, v, plan.value_dim)
     (inverse,) = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "g": value_heads},
-        [whole_k, gamma, root],
+        [whole_k, gates[0], gates[2] if plan.normed else gates[1]],
         [((value_heads, plan.length, CHUNK), plan.compute)],
         kernels.inverse_scratch(plan),
         warpgroups=1,
     )
-    inputs = [whole_q, whole_k, whole_v, inverse, gamma, root]
+    inputs = [whole_q, whole_k, whole_v, inverse, *gates]
     if initial_state is not None:
         inputs.append(_turned(plan, initial_state))
     state_shape = (value_heads, plan.value_dim, plan.key_dim)
     outputs = [((plan.length, value_heads, plan.value_dim), plan.compute), (state_shape, jnp.float32)]
     if save_states:
         outputs.append(((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
-    stages, copies, scratch = kernels.forward_scratch(plan)
+    depths, scratch = kernels.forward_scratch(plan)
     o, final, *states = _launch(
         "gdn_forward",
-        functools.partial(kernels.forward_body, plan, stages, copies, initial_state is not None, save_states),
+        functools.partial(kernels.forward_body, plan, depths, initial_state is not None, save_states),
         {"g": value_heads, "v": plan.slabs},
         inputs,
         outputs,
@@ -209,6 +249,7 @@ def backward(
     log_decay: Float[Array, "B T G"],
     beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
+    lengths: Lengths | None,
     states: Array,
     inverse: Array,
     do: Float[Array, "B T G V"],
@@ -216,7 +257,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array, Array, Array | None]:
     """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
     key_heads, value_heads = q.shape[2], v.shape[2]
-    gamma, root = _gates(plan, log_decay, beta)
+    gates = _gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (_whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     state_shape = (value_heads, plan.value_dim, plan.key_dim)
@@ -226,7 +267,7 @@ def backward(
         "gdn_walk",
         functools.partial(kernels.backward_walk_body, plan, stages, copies),
         {"g": value_heads, "v": plan.slabs},
-        [whole_q, whole_k, whole_do, inverse, gamma, root, _turned(plan, dfinal_state)],
+        [whole_q, whole_k, whole_do, inverse, *gates, _turned(plan, dfinal_state)],
         [
             (value_shape, plan.compute),
             ((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
@@ -238,64 +279,49 @@ def backward(
     blocks = plan.key_dim // plan.key_block
     slabs, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, q.shape[0] * value_heads * blocks)
-    dq, dk, shares = _launch(
+    dq, dk, dlog_decay, dbeta = _launch(
         "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, slabs, stages, run),
         {"n": plan.chunks // run, "g": value_heads, "k": blocks},
-        [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, gamma, root],
+        [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, *gates],
         [
             ((plan.length, value_heads, plan.key_dim), plan.compute),
             ((plan.length, value_heads, plan.key_dim), plan.compute),
-            ((blocks, value_heads, len(SHARES), plan.length), jnp.float32),
+            ((blocks, value_heads, plan.length), jnp.float32),
+            ((blocks, value_heads, plan.length), jnp.float32),
         ],
         scratch,
         warpgroups=3,
-        batch_axis=(0, 0, 1),
+        batch_axis=(0, 0, 1, 1),
     )
     length = q.shape[1]
 
-    def to_key_heads(dx: Array) -> Array:
+    def to_key_heads(dx: Array, x: Array, one_over: Array | None) -> Array:
         """Value heads of a key head add up; float32, so that their number does not matter."""
         dx = dx[:, :length, :, : q.shape[3]]
-        if plan.share == 1:
+        whole = one_over is None or blocks == 1
+        if plan.share == 1 and whole:
             return dx
-        return jnp.sum(
+        summed = jnp.sum(
             dx.reshape(*dx.shape[:2], key_heads, plan.share, -1).astype(jnp.float32), axis=3
-        ).astype(dx.dtype)
+        )
+        if not whole:
+            # Eq. (27).
+            long = x.astype(jnp.float32)
+            along = jnp.sum(long * summed, axis=-1) * jnp.square(one_over.transpose(0, 2, 1))
+            summed = summed - long * along[..., None]
+        return summed.astype(dx.dtype)
 
-    dlog_decay, dbeta = _gate_gradients(plan, shares, root, length)
+    def to_tokens(y: Array) -> Array:
+        return y.transpose(0, 2, 1)[:, :length]
+
+    one_over_q, one_over_k = (None, None) if lengths is None else lengths
     return (
-        to_key_heads(dq),
-        to_key_heads(dk),
+        to_key_heads(dq, q, one_over_q),
+        to_key_heads(dk, k, one_over_k),
         dv[:, :length, :, : v.shape[3]],
-        dlog_decay,
-        dbeta,
+        # Blocks of K have a part of the one each, and all of the other.
+        to_tokens(jnp.sum(dlog_decay, axis=0)),
+        to_tokens(dbeta[0]),
         None if initial_state is None else dfirst.swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
     )
-
-
-def _gate_gradients(plan: Plan, shares: Array, root: Array, length: int) -> tuple[Array, Array]:
-    """d log α by eq. (26) and dβ by eq. (25), (B, T, G) float32.
-
-    Args:
-        plan: of the launch.
-        shares: (blocks of K, B, G, shares, T).
-        root: √β, (B, G, T), as the kernels had it.
-        length: T as the caller has it.
-    """
-    x = {
-        name: (shares[0, :, :, i] if name == "writes" else jnp.sum(shares[:, :, :, i], axis=0))
-        for i, name in enumerate(SHARES)
-    }
-    x = {name: y.reshape(*y.shape[:2], plan.chunks, CHUNK) for name, y in x.items()}
-    # Σ_{r ≥ t} of what ends at r, Σ_{c < t} of what leaves the chunk from c, and what passes through it.
-    at_rows = x["query"] + x["key_in"] + x["key_read"] - x["key_written"]
-    later = jnp.flip(jnp.cumsum(jnp.flip(at_rows, -1), axis=-1), -1)
-    earlier = jnp.cumsum(x["out"], axis=-1) - x["out"]
-    dlog_decay = later + earlier + jnp.sum(x["states"], axis=-1, keepdims=True)
-    dbeta = x["writes"] / root.reshape(x["writes"].shape) ** 4
-
-    def turned(y: Array) -> Array:
-        return y.reshape(*y.shape[:2], -1).transpose(0, 2, 1)[:, :length]
-
-    return turned(dlog_decay), turned(dbeta)

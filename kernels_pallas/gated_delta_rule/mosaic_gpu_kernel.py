@@ -12,16 +12,16 @@ tensor core instruction, and every 64 columns are a program of their own.
 A program is a few warpgroups, one of which only moves memory; they meet at barriers. Every warpgroup waits for all
 others before it ends: one that ends early, while another still issues matmuls, can fail the launch (jax 0.11.2).
 
-Gates come as γ, sums of log₂ α from a chunk's start, and √β, both (B, G, T) float32. A new document is a token
-whose log₂ α is so small that 2 to it is 0. Exponents are differences of γ within a chunk that are at most 0, masked
-before the power.
+Gates come as γ, sums of log₂ α from a chunk's start, and √β, both (B, G, T) float32; where q and k have norms, with
+√β over the length of k and the scale over the length of q, both (B, G, T). A new document is a token whose log₂ α is
+so small that 2 to it is 0. Exponents are differences of γ within a chunk that are at most 0, masked before the power.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ class Plan:
         key_dim: K.
         value_dim: V.
         scale: of the output.
+        normed: whether q and k are to be divided by their lengths, eq. (27).
         compute: dtype of q, k, v: what the tensor cores take.
         interpreted: whether the kernels run on a CPU.
     """
@@ -70,6 +71,7 @@ class Plan:
     key_dim: int
     value_dim: int
     scale: float
+    normed: bool
     compute: Any
     interpreted: bool
 
@@ -219,6 +221,12 @@ def _load_state(ref: Any) -> jax.Array:
     a loop must not begin with the one and go on with the other. The compiler removes the product.
     """
     return plgpu.load(ref, layout=_TILE, optimized=False) * 1.0
+
+
+def _gate_refs(plan: Plan, refs: list[Any]) -> tuple[Any, Any, Any, Any]:
+    """γ, √β, √β over the length of k, and the scale over that of q, taken from the front; the last two if there are."""
+    gamma, root = refs.pop(0), refs.pop(0)
+    return (gamma, root, refs.pop(0), refs.pop(0)) if plan.normed else (gamma, root, None, None)
 
 
 def _down(row_values: jax.Array, columns: int = CHUNK) -> jax.Array:
@@ -428,13 +436,33 @@ def _most_stages(most: int, scratch: Callable[[int], dict[str, Any]]) -> tuple[i
     return 1, scratch(1)
 
 
-def forward_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
-    """(stages, copies of what the warpgroups hand over, shared memory) of `forward_body`."""
-    copies = 2 if plan.key_dim <= 128 else 1
+class Depths(NamedTuple):
+    """How many chunks have a place in shared memory at once.
+
+    Attributes:
+        stages: of what comes.
+        queries: of q.
+        copies: of what the warpgroups hand over.
+        outputs: of o.
+    """
+
+    stages: int
+    queries: int
+    copies: int
+    outputs: int
+
+
+def forward_scratch(plan: Plan) -> tuple[Depths, dict[str, Any]]:
+    """Depths and shared memory of `forward_body`."""
+    # Two states in shared memory let the walk go on while the last one is read. Where they are wide, q has but one place:
+    # its chunk is asked for when the reader is done with the one before.
+    copies = 2
+    narrow = 1 if plan.wide else 2
 
     def scratch(stages: int) -> dict[str, Any]:
-        return {
-            "q": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+        query_stages = 1 if plan.wide else stages
+        buffers = {
+            "q": tiled((query_stages, CHUNK, plan.key_dim), plan.compute),
             "k": tiled((stages, CHUNK, plan.key_dim), plan.compute),
             "v": tiled((stages, CHUNK, CHUNK), plan.compute),
             "inverse": tiled((stages, CHUNK, CHUNK), plan.compute),
@@ -444,29 +472,36 @@ def forward_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "gamma_columns": plain(stages, CHUNK),
             "state": tiled((copies, CHUNK, plan.key_dim), plan.compute),
             "written": tiled((copies, CHUNK, CHUNK), plan.compute),
-            "o": tiled((copies, CHUNK, CHUNK), plan.compute),
-            "came": plgpu.Barrier(num_arrivals=8, num_barriers=stages),
+            "o": tiled((narrow, CHUNK, CHUNK), plan.compute),
+            "came": plgpu.Barrier(num_arrivals=7 + 2 * plan.normed, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "query_came": plgpu.Barrier(num_barriers=query_stages),
+            "query_free": plgpu.Barrier(num_barriers=query_stages),
             "handed": plgpu.Barrier(num_barriers=copies),
             "taken": plgpu.Barrier(num_barriers=copies),
             "ended": plgpu.Barrier(num_arrivals=3),
         }
+        if plan.normed:
+            buffers |= {"state_key_root": plain(stages, CHUNK), "scale_rows": plain(stages, CHUNK)}
+        return buffers
 
     stages, buffers = _most_stages(4, scratch)
-    return stages, copies, buffers
+    depths = Depths(stages, buffers["q"].shape[0], copies, narrow)
+    return depths, buffers
 
 
 def forward_body(
     plan: Plan,
-    stages: int,
-    copies: int,
+    depths: Depths,
     has_state: bool,
     save_states: bool,
     *refs: Any,
     **s: Any,
 ) -> None:
     """o, the final state (B, G, V, K) and, if they are saved, the states that enter the chunks (B, G, N, V, K)."""
-    q_ref, k_ref, v_ref, inverse_ref, gamma_ref, root_ref, *rest = refs
+    stages, queries, copies, outputs = depths
+    q_ref, k_ref, v_ref, inverse_ref, *rest = refs
+    gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
     first_ref = rest.pop(0) if has_state else None
     o_ref, final_ref, *rest = rest
     states_ref = rest.pop(0) if save_states else None
@@ -480,19 +515,33 @@ def forward_body(
 
         def issue(n: Any, slot: Any) -> None:
             tokens, came = pl.ds(n * CHUNK, CHUNK), s["came"].at[slot]
-            for source, name in (
-                (q_ref.at[b, tokens, h], "q"),
+            sources = [
                 (k_ref.at[b, tokens, h], "k"),
                 (v_ref.at[b, tokens, g, columns], "v"),
                 (inverse_ref.at[b, g, tokens], "inverse"),
                 (gamma_ref.at[b, g, tokens], "state_gamma"),
+                (root_ref.at[b, g, tokens], "state_root"),
                 (gamma_ref.at[b, g, tokens], "gamma_rows"),
                 (gamma_ref.at[b, g, tokens], "gamma_columns"),
-                (root_ref.at[b, g, tokens], "state_root"),
-            ):
+            ]
+            if plan.normed:
+                sources += [
+                    (key_root_ref.at[b, g, tokens], "state_key_root"),
+                    (scale_ref.at[b, g, tokens], "scale_rows"),
+                ]
+            for source, name in sources:
                 plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
+            place = lax.rem(n, queries)
+
+            @pl.when(n >= queries)
+            def _() -> None:
+                plgpu.barrier_wait(s["query_free"].at[place])
+
+            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], s["q"].at[place], s["query_came"].at[place])
 
         _pipeline(plan.chunks, stages, s["free"], issue)
+        for n in range(max(plan.chunks - queries, 0), plan.chunks):
+            plgpu.barrier_wait(s["query_free"].at[n % queries])
 
     @pl.when(warpgroup == 0)
     def _walk() -> None:
@@ -524,6 +573,8 @@ def forward_body(
                 gamma = _load(s["state_gamma"].at[slot], _COLUMNS)
                 root = _load(s["state_root"].at[slot], _COLUMNS)
                 offered = _load(s["v"].at[slot].T).astype(_FLOAT) * _across(root)
+                if plan.normed:
+                    root = _load(s["state_key_root"].at[slot], _COLUMNS)
                 return offered, root * jnp.exp2(gamma), gamma, root
 
             recalled, (offered, taking, gamma, root) = _dots(
@@ -564,25 +615,34 @@ def forward_body(
 
         def step(n: Any, carry: None) -> None:
             slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            place, output = lax.rem(n, queries), lax.rem(n, outputs)
             plgpu.barrier_wait(s["came"].at[slot])
+            plgpu.barrier_wait(s["query_came"].at[place])
 
             def prepare() -> tuple[jax.Array, jax.Array]:
                 rows = s["gamma_rows"].at[slot]
                 decay = _decay_between(rows, s["gamma_columns"].at[slot])
-                return decay * plan.scale, jnp.exp2(_load(rows, _ROWS)) * plan.scale
+                from_start = jnp.exp2(_load(rows, _ROWS))
+                if plan.normed:
+                    scale = _load(s["scale_rows"].at[slot], _ROWS)
+                    return decay * _down(scale), from_start * scale
+                return decay * plan.scale, from_start * plan.scale
 
-            scores, (decay, from_start) = _dots(plan, (s["q"].at[slot], s["k"].at[slot].T), meanwhile=prepare)
+            scores, (decay, from_start) = _dots(
+                plan, (s["q"].at[place], s["k"].at[slot].T), meanwhile=prepare
+            )
             scores = (scores * decay).astype(plan.compute)
             plgpu.barrier_wait(s["handed"].at[copy])
             # Eq. (7).
-            o = _dot(plan, s["q"].at[slot], s["state"].at[copy].T) * _down(from_start)
+            o = _dot(plan, s["q"].at[place], s["state"].at[copy].T) * _down(from_start)
+            plgpu.barrier_arrive(s["query_free"].at[place])
+            plgpu.barrier_arrive(s["free"].at[slot])
             o = _dot(plan, scores, s["written"].at[copy], o)
             plgpu.barrier_arrive(s["taken"].at[copy])
-            plgpu.barrier_arrive(s["free"].at[slot])
-            plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
-            s["o"].at[copy][...] = o.astype(plan.compute)
+            plgpu.wait_smem_to_gmem(outputs - 1, wait_read_only=True)
+            s["o"].at[output][...] = o.astype(plan.compute)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["o"].at[copy], o_ref.at[b, pl.ds(n * CHUNK, CHUNK), g, columns])
+            plgpu.copy_smem_to_gmem(s["o"].at[output], o_ref.at[b, pl.ds(n * CHUNK, CHUNK), g, columns])
             return carry
 
         lax.fori_loop(0, plan.chunks, step, None)
@@ -599,7 +659,7 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
     copies = 2 if plan.key_dim <= 128 else 1
 
     def scratch(stages: int) -> dict[str, Any]:
-        return {
+        buffers = {
             "q": tiled((stages, CHUNK, plan.key_dim), plan.compute),
             "k": tiled((stages, CHUNK, plan.key_dim), plan.compute),
             "do": tiled((stages, CHUNK, CHUNK), plan.compute),
@@ -611,12 +671,15 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "dstate": tiled((copies, CHUNK, plan.key_dim), plan.compute),
             "dv": tiled((copies, CHUNK, CHUNK), plan.compute),
             "scores": tiled((copies, CHUNK, CHUNK), plan.compute),
-            "came": plgpu.Barrier(num_arrivals=8, num_barriers=stages),
+            "came": plgpu.Barrier(num_arrivals=8 + 3 * plan.normed, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "handed": plgpu.Barrier(num_barriers=copies),
             "taken": plgpu.Barrier(num_barriers=copies),
             "ended": plgpu.Barrier(num_arrivals=3),
         }
+        if plan.normed:
+            buffers |= {name: plain(stages, CHUNK) for name in ("walk_key_root", "walk_scale", "scale_rows")}
+        return buffers
 
     stages, buffers = _most_stages(4, scratch)
     return stages, copies, buffers
@@ -624,7 +687,9 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 
 def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: Any) -> None:
     """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and that of the first state."""
-    q_ref, k_ref, do_ref, inverse_ref, gamma_ref, root_ref, dfinal_ref, dv_ref, dstates_ref, dfirst_ref = refs
+    q_ref, k_ref, do_ref, inverse_ref, *rest = refs
+    gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
+    dfinal_ref, dv_ref, dstates_ref, dfirst_ref = rest
     b, g, slab = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("v")
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
@@ -636,7 +701,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
 
         def issue(n: Any, slot: Any) -> None:
             tokens, came = pl.ds((last_chunk - n) * CHUNK, CHUNK), s["came"].at[slot]
-            for source, name in (
+            sources = [
                 (q_ref.at[b, tokens, h], "q"),
                 (k_ref.at[b, tokens, h], "k"),
                 (do_ref.at[b, tokens, g, columns], "do"),
@@ -645,7 +710,14 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
                 (gamma_ref.at[b, g, tokens], "gamma_rows"),
                 (gamma_ref.at[b, g, tokens], "gamma_columns"),
                 (root_ref.at[b, g, tokens], "walk_root"),
-            ):
+            ]
+            if plan.normed:
+                sources += [
+                    (key_root_ref.at[b, g, tokens], "walk_key_root"),
+                    (scale_ref.at[b, g, tokens], "walk_scale"),
+                    (scale_ref.at[b, g, tokens], "scale_rows"),
+                ]
+            for source, name in sources:
                 plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
 
         _pipeline(plan.chunks, stages, s["free"], issue)
@@ -674,8 +746,9 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
                 gamma = _load(s["walk_gamma"].at[slot], _COLUMNS)
                 last = s["walk_gamma"][slot, CHUNK - 1]
                 from_start = jnp.exp2(gamma)
-                read = _load(s["do"].at[slot].T).astype(_FLOAT) * _across(from_start * plan.scale)
-                root = _load(s["walk_root"].at[slot], _COLUMNS)
+                scale = _load(s["walk_scale"].at[slot], _COLUMNS) if plan.normed else plan.scale
+                read = _load(s["do"].at[slot].T).astype(_FLOAT) * _across(from_start * scale)
+                root = _load(s["walk_key_root" if plan.normed else "walk_root"].at[slot], _COLUMNS)
                 return read.astype(plan.compute), from_start, jnp.exp2(last - gamma), jnp.exp2(last), root
 
             plgpu.barrier_wait(s["handed"].at[copy])
@@ -693,8 +766,10 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
                 (dwritten.astype(plan.compute), s["inverse"].at[slot]),
                 (read, s["q"].at[slot], dstate * through),
             )
+            drecalled = (dmissing * _across(root * from_start * -1.0)).astype(plan.compute)
+            if plan.normed:
+                root = _load(s["walk_root"].at[slot], _COLUMNS)
             dv = dmissing * _across(root)
-            drecalled = (dv * _across(from_start * -1.0)).astype(plan.compute)
 
             def store() -> None:
                 s["dv"].at[copy].T[...] = dv.astype(plan.compute)
@@ -723,7 +798,8 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             plgpu.barrier_wait(s["came"].at[slot])
 
             def prepare() -> jax.Array:
-                return _decay_between(s["gamma_rows"].at[slot], s["gamma_columns"].at[slot]) * plan.scale
+                decay = _decay_between(s["gamma_rows"].at[slot], s["gamma_columns"].at[slot])
+                return decay * (_down(_load(s["scale_rows"].at[slot], _ROWS)) if plan.normed else plan.scale)
 
             scores, decay = _dots(plan, (s["q"].at[slot], s["k"].at[slot].T), meanwhile=prepare)
             scores = scores * decay
@@ -747,11 +823,6 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
 
 # Backward: the gradients of every chunk -------------------------------------------------------------------------------
 
-# What log α and β get, token by token, as sums of products with the rows of q, k or v. All but the last are sums
-# over K and come in parts, one for each block of keys' columns; the last is whole in every block.
-SHARES = ("query", "states", "key_in", "key_read", "key_written", "out", "writes")
-
-
 def _row_products(x: jax.Array, ref: Any) -> jax.Array:
     """Sum over columns of x times what is in `ref`, for each row; 64 columns at a time, so that few registers do."""
     parts = []
@@ -773,6 +844,7 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "inverse": tiled((1, CHUNK, CHUNK), plan.compute),
             "query_gamma": plain(1, CHUNK),
             "query_gamma_columns": plain(1, CHUNK),
+            "query_root": plain(1, CHUNK),
             "key_gamma": plain(1, CHUNK),
             "root": plain(1, CHUNK),
             "v": tiled(staged, plan.compute),
@@ -785,15 +857,22 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "dscores": tiled((1, CHUNK, CHUNK), plan.compute),
             "dgram": tiled((1, CHUNK, CHUNK), plan.compute),
             "dq": tiled((1, CHUNK, width), plan.compute),
-            "shares": plain(len(SHARES), CHUNK),
-            "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 5),
+            "query_sums": plain(1, CHUNK),
+            "state_sums": plain(1, CHUNK),
+            "dbeta": plain(1, CHUNK),
+            "dlog": plain(1, CHUNK),
+            "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 6 + 3 * plan.normed),
             "chunk_free": plgpu.Barrier(num_arrivals=2),
+            "sums_handed": plgpu.Barrier(),
+            "sums_taken": plgpu.Barrier(),
             "handed": plgpu.Barrier(),
             "taken": plgpu.Barrier(),
             "pairs_handed": plgpu.Barrier(),
             "pairs_taken": plgpu.Barrier(),
             "ended": plgpu.Barrier(num_arrivals=3),
         }
+        if plan.normed:
+            buffers |= {name: plain(1, CHUNK) for name in ("query_scale", "query_key_root", "key_root")}
         # dk leaves by the place of `missing`, which its warpgroup alone uses, where it is large enough.
         if slabs * CHUNK < width:
             buffers["dk"] = tiled((width // CHUNK, CHUNK, CHUNK), plan.compute)
@@ -816,11 +895,14 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 
 
 def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
-    """dq and dk of each value head (B, T, G, K), and `SHARES` (blocks of K, B, G, shares, T), of `chunks` chunks."""
-    (q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, gamma_ref, root_ref) = refs[
-        :10
-    ]
-    dq_ref, dk_ref, shares_ref = refs[10:]
+    """dq and dk of each value head (B, T, G, K), d log α and dβ (blocks of K, B, G, T), of `chunks` chunks.
+
+    A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as they
+    came if a block is all of K; else what eq. (27) subtracts is missing.
+    """
+    q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
+    gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
+    dq_ref, dk_ref, dlog_ref, dbeta_ref = rest
     b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
@@ -829,8 +911,8 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
     first_chunk = run * chunks
 
-    def places(gamma: str) -> tuple[Callable[..., Any], Callable[..., None]]:
-        """How a chunk finds the places of its buffers, and how it puts a share.
+    def places(gamma: str) -> Callable[..., Any]:
+        """How a chunk finds the places of its buffers.
 
         The indices begin at zero, but made from what came, anew in every chunk: of constant ones the compiler keeps two
         hundred registers of addresses and descriptors from chunk to chunk, and spills others.
@@ -841,19 +923,20 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
         def at(name: str, *indices: Any) -> Any:
             return s[name].at[tuple(zero + i for i in indices or (0,))]
 
-        def put(name: str, values: jax.Array) -> None:
-            at("shares", SHARES.index(name))[...] = values
-
-        return at, put
+        return at
 
     def tokens(c: Any) -> Any:
         return pl.ds((first_chunk + c) * CHUNK, CHUNK)
 
-    def send(c: Any, names: tuple[str, ...]) -> None:
-        for i in map(SHARES.index, names):
-            target = shares_ref.at[block, b, g, i, tokens(c)]
-            plgpu.copy_smem_to_gmem(s["shares"].at[i], target, commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
+    def without_length(dx: jax.Array, x: Any, along: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Eq. (27): dx less its part along x, from x · dx and one over the length of x, row by row."""
+        share = _down(along * lengths * lengths)
+        parts = [
+            lax.slice(dx, (0, start), (CHUNK, start + CHUNK))
+            - _load(x.at[:, pl.ds(start, CHUNK)]).astype(_FLOAT) * share
+            for start in range(0, width, CHUNK)
+        ]
+        return lax.concatenate(parts, 1)
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
@@ -901,9 +984,15 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(c), h, columns], s["k"].at[i], came)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], came)
             plgpu.copy_gmem_to_smem(inverse_ref.at[b, g, tokens(c)], s["inverse"].at[0], came)
-            plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens(c)], s["root"].at[0], came)
-            for name in ("query_gamma", "query_gamma_columns", "key_gamma"):
-                plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens(c)], s[name].at[0], came)
+            for ref, names in (
+                (gamma_ref, ("query_gamma", "query_gamma_columns", "key_gamma")),
+                (root_ref, ("query_root", "root")),
+                (key_root_ref, ("query_key_root", "key_root")),
+                (scale_ref, ("query_scale",)),
+            ):
+                if ref is not None:
+                    for name in names:
+                        plgpu.copy_gmem_to_smem(ref.at[b, g, tokens(c)], s[name].at[0], came)
 
         @pl.loop(0, chunks)
         def _chunk(c: Any) -> None:
@@ -926,10 +1015,10 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
         def chunk(c: Any, carry: None) -> None:
             dq = dscores = dpairs = through = _nothing_yet()
             plgpu.barrier_wait(s["chunk_came"])
-            at, put = places("query_gamma")
+            at = places("query_gamma")
             for j in range(groups):
                 slot = lax.rem(c * groups + j, stages)
-                at, put = places("query_gamma")
+                at = places("query_gamma")
                 for name in ("do", "state", "dstate"):
                     plgpu.barrier_wait(s[f"{name}_came"].at[slot])
                 do, dv, dstates = (
@@ -957,13 +1046,17 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                     plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             row, column = _indices(s["query_gamma"].at[0])
-            put("states", through * jnp.exp2(s["query_gamma"][0, CHUNK - 1]))
-            put("writes", jnp.sum(jnp.where(row == column, dpairs, 0.0), axis=1))
-            gamma = _load(at("query_gamma"), _ROWS)
+            gamma, root = _load(at("query_gamma"), _ROWS), _load(at("query_root"), _ROWS)
+            scale = _load(at("query_scale"), _ROWS) if plan.normed else plan.scale
+            key_root = _load(at("query_key_root"), _ROWS) if plan.normed else root
+            # Eq. (25).
+            diagonal = jnp.sum(jnp.where(row == column, dpairs, 0.0), axis=1)
+            at("dbeta")[...] = diagonal / (root * root * root * key_root)
             decay = _decay_between(s["query_gamma"].at[0], s["query_gamma_columns"].at[0])
             # Eq. (13) and (14); dv has β in it.
-            low = (dscores * (decay * plan.scale)).astype(plan.compute)
-            dgram = jnp.where(row > column, dpairs * decay * -1.0, 0.0).astype(plan.compute)
+            low = (dscores * (decay * (_down(scale) if plan.normed else scale))).astype(plan.compute)
+            lengths = _down(key_root / root * -1.0) if plan.normed else -1.0
+            dgram = jnp.where(row > column, dpairs * (decay * lengths), 0.0).astype(plan.compute)
 
             @pl.when(c > 0)
             def _() -> None:
@@ -973,20 +1066,31 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             at("dgram")[...] = dgram
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["pairs_handed"])
-            dq = dq * _down(jnp.exp2(gamma) * plan.scale, width)
+            dq = dq * _down(jnp.exp2(gamma) * scale, width)
             dq = _dot(plan, at("dscores"), at("k"), dq)
-            put("query", _row_products(dq, at("q")))
+            along = _row_products(dq, at("q"))
+
+            @pl.when(c > 0)
+            def _() -> None:
+                plgpu.barrier_wait(s["sums_taken"])
+
+            at("query_sums")[...] = along
+            at("state_sums")[...] = through * jnp.exp2(s["query_gamma"][0, CHUNK - 1])
+            plgpu.barrier_arrive(s["sums_handed"])
+            if plan.normed and blocks == 1:
+                dq = without_length(dq, at("q"), along, scale * (1.0 / plan.scale))
             at("dq")[...] = dq.astype(plan.compute)
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["chunk_free"])
             plgpu.copy_smem_to_gmem(
                 s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            send(c, ("query", "states", "writes"))
+            plgpu.copy_smem_to_gmem(s["dbeta"].at[0], dbeta_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
         plgpu.barrier_wait(s["pairs_taken"])
+        plgpu.barrier_wait(s["sums_taken"])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
@@ -996,21 +1100,28 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
 
         def chunk(c: Any, carry: None) -> None:
             # What dk gets through the states that enter and leave the chunk, before their decays.
-            dk_in = dk_out = _nothing_yet()
+            dk_in = dk_out = ends = _nothing_yet()
             plgpu.barrier_wait(s["chunk_came"])
-            at, put = places("key_gamma")
+            at = places("key_gamma")
 
             def by_key(dk: jax.Array) -> jax.Array:
                 return _row_products(dk, at("k"))
 
-            def decayed_in(dk_in: jax.Array) -> jax.Array:
-                dk_in = dk_in * _down(jnp.exp2(_load(at("key_gamma"), _ROWS)) * -1.0, width)
-                put("key_in", by_key(dk_in))
-                return dk_in
+            def key_roots() -> jax.Array:
+                return _load(at("key_root" if plan.normed else "root"), _ROWS)
+
+            def lengths() -> jax.Array:
+                """One over those of the keys."""
+                return key_roots() / _load(at("root"), _ROWS)
+
+            def decayed_in(dk_in: jax.Array) -> tuple[jax.Array, jax.Array]:
+                factor = jnp.exp2(_load(at("key_gamma"), _ROWS)) * -1.0
+                dk_in = dk_in * _down(factor * lengths() if plan.normed else factor, width)
+                return dk_in, by_key(dk_in)
 
             for j in range(groups):
                 slot = lax.rem(c * groups + j, stages)
-                at, put = places("key_gamma")
+                at = places("key_gamma")
                 for name in ("state", "v"):
                     plgpu.barrier_wait(s[f"{name}_came"].at[slot])
                 keys = [at("k", i) for i in range(blocks)]
@@ -1027,7 +1138,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                 for i in range(slabs):
                     gamma, root = _load(at("key_gamma"), _ROWS), _load(at("root"), _ROWS)
                     offered = _load(at("v", slot * slabs + i)).astype(_FLOAT) * _down(root)
-                    missing = offered - recalled[i] * _down(root * jnp.exp2(gamma))
+                    missing = offered - recalled[i] * _down(key_roots() * jnp.exp2(gamma))
                     at("missing", i)[...] = missing.astype(plan.compute)
                 # Fences come before the barrier wherever the copy engine writes what threads have read.
                 plgpu.commit_smem()
@@ -1053,13 +1164,13 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                     plgpu.barrier_wait(s["taken"])
 
                 for i in range(slabs):
-                    low = (written[i] * _down(_load(at("root"), _ROWS))).astype(plan.compute)
+                    low = (written[i] * _down(key_roots())).astype(plan.compute)
                     at("written", i)[...] = low
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["handed"])
                 if groups == 1:
                     # Before `dk_out` wants its registers.
-                    dk_in = decayed_in(dk_in)
+                    dk_in, ends = decayed_in(dk_in)
                 plgpu.barrier_wait(s["dstate_came"].at[slot])
                 (dk_out,) = _sums(
                     plan,
@@ -1067,30 +1178,39 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                 )
                 plgpu.barrier_arrive(s["dstate_free"].at[slot])
             if groups > 1:
-                dk_in = decayed_in(dk_in)
+                dk_in, ends = decayed_in(dk_in)
             gamma, last = _load(at("key_gamma"), _ROWS), s["key_gamma"][0, CHUNK - 1]
             dk_out = dk_out * _down(jnp.exp2(last - gamma), width)
-            put("out", by_key(dk_out))
+            leaves = by_key(dk_out)
             dk = dk_in + dk_out
             plgpu.barrier_wait(s["pairs_handed"])
             # Eq. (14): what a token reads of others through its key, and what others read of it.
             more = _dot(plan, at("dgram"), at("k"))
-            put("key_read", by_key(more))
+            ends = ends + by_key(more)
             dk = dk + more
             (more,) = _sums(plan, (None, [(at("dgram").T, at("k")), (at("dscores").T, at("q"))]))
-            put("key_written", by_key(more))
+            starts = by_key(more)
             dk = dk + more
             plgpu.barrier_arrive(s["pairs_taken"])
+            if plan.normed and blocks == 1:
+                dk = without_length(dk, at("k"), ends + starts + leaves, lengths())
             for i in range(width // CHUNK):
                 columns = lax.slice(dk, (0, i * CHUNK), (CHUNK, (i + 1) * CHUNK))
                 at(leaving, i)[...] = columns.astype(plan.compute)
+            # Eq. (26): what ends at a later token or this one, what leaves the chunk from an earlier one, and what passes.
+            plgpu.barrier_wait(s["sums_handed"])
+            ends = ends - starts + _load(at("query_sums"), _ROWS)
+            row, column = _indices(s["key_gamma"].at[0])
+            crossing = jnp.where(row >= column, _down(ends), _down(leaves)) + _down(_load(at("state_sums"), _ROWS))
+            at("dlog")[...] = jnp.sum(crossing, axis=0)
+            plgpu.barrier_arrive(s["sums_taken"])
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["chunk_free"])
             start = lax.rem(block, blocks) * width
             for i in range(width // CHUNK):
                 target = dk_ref.at[b, tokens(c), g, pl.ds(start + i * CHUNK, CHUNK)]
                 plgpu.copy_smem_to_gmem(s[leaving].at[i], target, commit_group=False)
-            send(c, ("key_in", "key_read", "key_written", "out"))
+            plgpu.copy_smem_to_gmem(s["dlog"].at[0], dlog_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
