@@ -64,9 +64,32 @@ def test_accuracy(length, dim, keys, decay):
     assert max(found.values()) <= tolerance, found
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float16")])
+def test_accuracy_of_norms_inside(dim, dtype):
+    """Queries and keys of lengths from 0.1 to 30."""
+    x = rounded((1, 1024, 1, 2, dim, dim), dtype)
+    rng = np.random.default_rng(6)
+    for name in "qk":
+        lengths = 10.0 ** rng.uniform(-1, 1.5, size=(1, 1024, 1, 1))
+        x[name] = (x[name].astype("float32") * lengths).astype(dtype)
+    actual = compiled("mosaic_gpu", qk_norm_eps=1e-6)(x)
+    found = errors(x, actual, defined(functools.partial(REFERENCE, qk_norm_eps=1e-6), x))
+    print({name: f"{error:.1e}" for name, error in found.items()})
+    assert max(found.values()) <= 0.005, found
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_accuracy_of_float16(dim):
+    """Three more bits than bfloat16 has."""
+    x = rounded((1, 1024, 1, 1, dim, dim), "float16")
+    found = errors(x, compiled("mosaic_gpu")(x), defined(REFERENCE, x))
+    print({name: f"{error:.1e}" for name, error in found.items()})
+    assert max(found.values()) <= 0.001, found
+
+
 @functools.cache
-def compiled(implementation):
-    op = functools.partial(gated_delta_rule, implementation=implementation)
+def compiled(implementation, **options):
+    op = functools.partial(gated_delta_rule, implementation=implementation, **options)
     return jax.jit(functools.partial(forward_and_gradients, op))
 
 
