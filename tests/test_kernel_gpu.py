@@ -116,6 +116,52 @@ def test_several_chunks_a_program(shape, monkeypatch):
     check(KERNEL, REFERENCE, x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 180, 1, 1, 64, 64), {}),
+        ((1, 192, 1, 2, 64, 128), {"qk_norm_eps": 1e-6}),
+        ((1, 192, 1, 1, 256, 64), {}),
+    ],
+)
+@pytest.mark.parametrize("has_state", [True, False])
+def test_sequences_in_parts(shape, options, has_state, monkeypatch):
+    """Three parts of one chunk each, whose states are put together, with slow decay so that all of them count."""
+    monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 3)
+    x = rounded(shape, "bfloat16", seed=8)
+    x["log_decay"] = x["log_decay"] * 0.1
+    if not has_state:
+        del x["initial_state"]
+    check(functools.partial(KERNEL, **options), functools.partial(REFERENCE, **options), x)
+
+
+def test_parts_under_vmap(monkeypatch):
+    """Two sequences at once are programs enough, so that they are not cut; one is. What is saved must fit both."""
+    monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 3 if rows == 1 else 1)
+    x = rounded((2, 192, 1, 1, 64, 64), "bfloat16", seed=9)
+
+    def both(x):
+        return forward_and_gradients(KERNEL, {name: y[None] for name, y in x.items()})
+
+    with plgpu.force_gpu_interpret_mode(STRICT):
+        mapped = jax.jit(jax.vmap(both))(x)
+        once = jax.jit(functools.partial(forward_and_gradients, KERNEL))(x)
+    # Each was given the same cotangents, those of the first sequence of two.
+    for name in ("o", "final_state"):
+        np.testing.assert_array_equal(mapped[name][:, 0], once[name], name)
+    wanted = [defined(REFERENCE, {name: y[i : i + 1] for name, y in x.items()}) for i in range(2)]
+    for name, value in mapped.items():
+        assert_near(name, value, np.stack([w[name] for w in wanted]), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "rows", "parts"),
+    [(256, 32, 4), (1024, 32, 4), (64, 128, 1), (64, 32, 1), (128, 64, 1), (256, 12, 8), (157, 2, 1), (99, 8, 9)],
+)
+def test_parts_fill_the_multiprocessors(chunks, rows, parts):
+    assert tiling.gpu_parts(chunks, rows) == parts
+
+
 def test_beta_of_zero_and_decay_to_nothing():
     """What the kernels divide by is never zero, and what they forget is never infinite."""
     x = rounded((1, 64, 1, 1, 64, 64), "bfloat16", seed=4)

@@ -64,7 +64,9 @@ def test_accuracy(length, dim, keys, decay):
     assert max(found.values()) <= tolerance, found
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float16")])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float16")]
+)
 def test_accuracy_of_norms_inside(dim, dtype):
     """Queries and keys of lengths from 0.1 to 30."""
     x = rounded((1, 1024, 1, 2, dim, dim), dtype)

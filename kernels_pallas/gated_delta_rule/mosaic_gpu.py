@@ -4,6 +4,7 @@ q, k, v, o and their gradients stay (B, T, heads, dim): the copy engine picks on
 gates, small arrays, are laid out anew with time last, (B, G, T).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -80,7 +81,9 @@ def norms_inside(q: Array) -> bool:
     return q.dtype == jnp.bfloat16
 
 
-def inverse_lengths(q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], eps: float | None) -> Lengths | None:
+def inverse_lengths(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], eps: float | None
+) -> Lengths | None:
     """What the kernels need for the norms of q and k; None where they do not do them."""
     if eps is None or not norms_inside(q):
         return None
@@ -147,47 +150,53 @@ def _launch(
     scratch: dict[str, Any],
     *,
     warpgroups: int,
-    batch_axis: Sequence[int] | None = None,
 ) -> list[Array]:
-    """Runs a kernel on programs of (batch, *grid); `vmap` lengthens the batch.
+    """Runs a kernel on programs of (batch, *grid).
 
     Args:
         name: as `costs.launch_costs` has it.
         body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
         grid: axes of the grid beside the batch.
         inputs: with the batch as their first axis.
-        outputs: shape without the batch, and dtype.
+        outputs: shape and dtype.
         scratch: shared memory and barriers.
         warpgroups: of a program.
-        batch_axis: where the outputs have the batch; None: first.
     """
-    where = [0] * len(outputs) if batch_axis is None else list(batch_axis)
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+        scratch_types=scratch,
+        grid=(inputs[0].shape[0], *grid.values()),
+        grid_names=("b", *grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        # As a profiler shows it.
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )
+    # Inside `shard_map` the results vary over the mesh axes that the inputs vary over; the kernel does not say so.
+    varying = tuple(jax.typeof(inputs[0]).manual_axis_type.varying)
+    return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*inputs)]
 
-    def call(*arrays: Array) -> list[Array]:
-        batch = arrays[0].shape[0]
-        shapes = [
-            jax.ShapeDtypeStruct((*shape[:at], batch, *shape[at:]), dtype)
-            for (shape, dtype), at in zip(outputs, where, strict=True)
-        ]
-        kernel = plgpu.kernel(
-            body,
-            out_type=shapes,
-            scratch_types=scratch,
-            grid=(batch, *grid.values()),
-            grid_names=("b", *grid),
-            num_threads=warpgroups,
-            thread_name="warpgroup",
-            # As a profiler shows it.
-            kernel_name=name,
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-        )
-        # Inside `shard_map` the results vary over the mesh axes that the inputs vary over; the kernel does not say so.
-        varying = tuple(jax.typeof(arrays[0]).manual_axis_type.varying)
-        return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*arrays)]
 
-    return folding_vmap(call, where)(*inputs)
+def _parts(plan: Plan, batch: int, value_heads: int) -> int:
+    return tiling.gpu_parts(plan.chunks, batch * value_heads * plan.slabs)
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside the operands.
+
+    Attributes:
+        states: that enter the chunks, (B, G, N, V, K) in the dtype of q.
+        inverse: T of each chunk, (B, G, T, C) in the dtype of q.
+        maps: transposed M of each part, (B, G, P, K, K) float32; None where sequences are not cut.
+    """
+
+    states: Array
+    inverse: Array
+    maps: Array | None
 
 
 def forward(
@@ -201,12 +210,37 @@ def forward(
     lengths: Lengths | None,
     *,
     save_states: bool,
-) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], tuple[Array, Array] | None]:
-    """o in the dtype of v, the final state in float32, and what is saved: states that enter the chunks, and T of each.
+) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], Saved | None]:
+    """o in the dtype of v, the final state in float32, and what is saved."""
+    # Under `vmap` there may be programs enough without parts, but what is saved has its shape from here.
+    most_parts = _parts(plan, q.shape[0], v.shape[2])
+    operands = (q, k, v, log_decay, beta, initial_state, lengths)
+    arrays, tree = jax.tree.flatten(operands)
 
-    The states are (B, G, N, V, K) and T is (B, G, T, C), both in the dtype of q.
-    """
-    value_heads = v.shape[2]
+    def call(*arrays: Array) -> list[Array]:
+        return _forward(plan, most_parts, *jax.tree.unflatten(tree, arrays), save_states=save_states)
+
+    o, final, *saved = folding_vmap(
+        call, [0] * (5 if save_states and most_parts > 1 else 4 if save_states else 2)
+    )(*arrays)
+    return o, final, Saved(*saved, *([None] if most_parts == 1 else [])) if save_states else None
+
+
+def _forward(
+    plan: Plan,
+    most_parts: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    beta: Array,
+    initial_state: Array | None,
+    lengths: Lengths | None,
+    *,
+    save_states: bool,
+) -> list[Array]:
+    batch, value_heads = v.shape[0], v.shape[2]
+    plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
     gates = _gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = _whole(plan, v, plan.value_dim)
@@ -215,30 +249,90 @@ def forward(
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "g": value_heads},
         [whole_k, gates[0], gates[2] if plan.normed else gates[1]],
-        [((value_heads, plan.length, CHUNK), plan.compute)],
+        [((batch, value_heads, plan.length, CHUNK), plan.compute)],
         kernels.inverse_scratch(plan),
         warpgroups=1,
     )
-    inputs = [whole_q, whole_k, whole_v, inverse, *gates]
-    if initial_state is not None:
-        inputs.append(_turned(plan, initial_state))
-    state_shape = (value_heads, plan.value_dim, plan.key_dim)
-    outputs = [((plan.length, value_heads, plan.value_dim), plan.compute), (state_shape, jnp.float32)]
+    first = None if initial_state is None else _turned(plan, initial_state)
+    maps = None
+    if plan.parts > 1:
+        stages, scratch = kernels.summary_scratch(plan)
+        (summary,) = _launch(
+            "gdn_summary",
+            functools.partial(kernels.summary_body, plan, stages),
+            {"p": plan.parts, "g": value_heads, "v": plan.summary_columns // (2 * CHUNK)},
+            [whole_k, whole_v, inverse, *gates],
+            [((batch, value_heads, plan.parts, plan.summary_columns, plan.key_dim), jnp.float32)],
+            scratch,
+            warpgroups=3,
+        )
+        maps = summary[:, :, :, plan.value_dim : plan.value_dim + plan.key_dim]
+        first = _firsts(first, summary[:, :, :, : plan.value_dim], maps)
+    elif first is not None:
+        first = first[:, :, None]
+    state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
+    outputs = [((batch, plan.length, value_heads, plan.value_dim), plan.compute), (state_shape, jnp.float32)]
     if save_states:
-        outputs.append(((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
+        outputs.append(((batch, value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
     depths, scratch = kernels.forward_scratch(plan)
     o, final, *states = _launch(
         "gdn_forward",
-        functools.partial(kernels.forward_body, plan, depths, initial_state is not None, save_states),
-        {"g": value_heads, "v": plan.slabs},
-        inputs,
+        functools.partial(kernels.forward_body, plan, depths, first is not None, save_states),
+        {"p": plan.parts, "g": value_heads, "v": plan.slabs},
+        [whole_q, whole_k, whole_v, inverse, *gates, *([] if first is None else [first])],
         outputs,
         scratch,
         warpgroups=3,
     )
     o = o[:, : q.shape[1], :, : v.shape[3]]
-    final = final.swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
-    return o, final, (states[0], inverse) if save_states else None
+    final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
+    saved = [states[0], inverse] if save_states else []
+    if save_states and most_parts > 1:
+        shape = (batch, value_heads, most_parts - plan.parts, plan.key_dim, plan.key_dim)
+        if maps is None:
+            shape = (batch, value_heads, most_parts, plan.key_dim, plan.key_dim)
+            maps = jnp.zeros((batch, value_heads, 0, plan.key_dim, plan.key_dim), jnp.float32)
+        saved.append(jnp.concatenate([maps, jnp.zeros(shape, jnp.float32)], axis=2))
+    return [o, final, *saved]
+
+
+def _firsts(first: Array | None, left: Array, maps: Array) -> Array:
+    """The states that enter the parts, (B, G, P, V, K), by eq. (17).
+
+    Args:
+        first: enters the first part, (B, G, V, K); None is zero.
+        left: leaves each part if zero enters, (B, G, P, V, K).
+        maps: transposed M of each part, (B, G, P, K, K).
+    """
+    states = [jnp.zeros_like(left[:, :, 0]) if first is None else first]
+    for p in range(left.shape[2] - 1):
+        state = left[:, :, p]
+        if p > 0 or first is not None:
+            state = state + jnp.einsum(
+                "bgvc,bgck->bgvk", states[-1], maps[:, :, p], precision=jax.lax.Precision.HIGHEST
+            )
+        states.append(state)
+    return jnp.stack(states, axis=2)
+
+
+def _lasts(last: Array, entered: Array, maps: Array) -> Array:
+    """The cotangents of the states that leave the parts, (B, G, P, V, K): those of eq. (17).
+
+    Args:
+        last: of what leaves the last part, (B, G, V, K).
+        entered: of what enters each part if `last` is that of the last part and zero that of the others.
+        maps: transposed M of each part, (B, G, P, K, K).
+    """
+    parts = entered.shape[2]
+    cotangents = [last]
+    for p in range(parts - 1, 0, -1):
+        cotangent = entered[:, :, p]
+        if p < parts - 1:
+            cotangent = cotangent + jnp.einsum(
+                "bgvk,bgck->bgvc", cotangents[-1], maps[:, :, p], precision=jax.lax.Precision.HIGHEST
+            )
+        cotangents.append(cotangent)
+    return jnp.stack(cotangents[::-1], axis=2)
 
 
 def backward(
@@ -250,49 +344,85 @@ def backward(
     beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
     lengths: Lengths | None,
-    states: Array,
-    inverse: Array,
+    saved: Saved,
     do: Float[Array, "B T G V"],
     dfinal_state: Float[Array, "B G K V"],
 ) -> tuple[Array, Array, Array, Array, Array, Array | None]:
     """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
-    key_heads, value_heads = q.shape[2], v.shape[2]
+    operands = (q, k, v, log_decay, beta, lengths, saved, do, dfinal_state)
+    arrays, tree = jax.tree.flatten(operands)
+
+    def call(*arrays: Array) -> list[Array]:
+        return _backward(plan, *jax.tree.unflatten(tree, arrays))
+
+    *gradients, dinitial_state = folding_vmap(call, [0] * 6)(*arrays)
+    return *gradients, None if initial_state is None else dinitial_state
+
+
+def _backward(
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    beta: Array,
+    lengths: Lengths | None,
+    saved: Saved,
+    do: Array,
+    dfinal_state: Array,
+) -> list[Array]:
+    batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
+    plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
     gates = _gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (_whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
-    state_shape = (value_heads, plan.value_dim, plan.key_dim)
-    value_shape = (plan.length, value_heads, plan.value_dim)
+    state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
     stages, copies, scratch = kernels.walk_scratch(plan)
-    dv, dstates, dfirst = _launch(
-        "gdn_walk",
-        functools.partial(kernels.backward_walk_body, plan, stages, copies),
-        {"g": value_heads, "v": plan.slabs},
-        [whole_q, whole_k, whole_do, inverse, *gates, _turned(plan, dfinal_state)],
+
+    def walk(lasts: Array, outputs: list[tuple[tuple[int, ...], Any]], *, local: bool) -> list[Array]:
+        return _launch(
+            "gdn_walk",
+            functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
+            {"p": plan.parts, "g": value_heads, "v": plan.slabs},
+            [whole_q, whole_k, whole_do, saved.inverse, *gates, lasts],
+            [*outputs, (state_shape, jnp.float32)],
+            scratch,
+            warpgroups=3,
+        )
+
+    last = _turned(plan, dfinal_state)
+    lasts = last[:, :, None]
+    if plan.parts > 1:
+        assert saved.maps is not None
+        lasts = jnp.pad(lasts, ((0, 0), (0, 0), (plan.parts - 1, 0), (0, 0), (0, 0)))
+        (entered,) = walk(lasts, [], local=True)
+        lasts = _lasts(last, entered, saved.maps[:, :, : plan.parts])
+    dv, dstates, dfirst = walk(
+        lasts,
         [
-            (value_shape, plan.compute),
-            ((value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
-            (state_shape, jnp.float32),
+            ((batch, plan.length, value_heads, plan.value_dim), plan.compute),
+            ((batch, value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
         ],
-        scratch,
-        warpgroups=3,
+        local=False,
     )
     blocks = plan.key_dim // plan.key_block
     slabs, stages, scratch = kernels.gradients_scratch(plan)
-    run = tiling.gpu_run(plan.chunks, q.shape[0] * value_heads * blocks)
+    run = tiling.gpu_run(plan.chunks, batch * value_heads * blocks)
+    key_shape = (batch, plan.length, value_heads, plan.key_dim)
+    gate_shape = (blocks, batch, value_heads, plan.length)
     dq, dk, dlog_decay, dbeta = _launch(
         "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, slabs, stages, run),
         {"n": plan.chunks // run, "g": value_heads, "k": blocks},
-        [whole_q, whole_k, whole_v, whole_do, dv, inverse, states, dstates, *gates],
+        [whole_q, whole_k, whole_v, whole_do, dv, saved.inverse, saved.states, dstates, *gates],
         [
-            ((plan.length, value_heads, plan.key_dim), plan.compute),
-            ((plan.length, value_heads, plan.key_dim), plan.compute),
-            ((blocks, value_heads, plan.length), jnp.float32),
-            ((blocks, value_heads, plan.length), jnp.float32),
+            (key_shape, plan.compute),
+            (key_shape, plan.compute),
+            (gate_shape, jnp.float32),
+            (gate_shape, jnp.float32),
         ],
         scratch,
         warpgroups=3,
-        batch_axis=(0, 0, 1, 1),
     )
     length = q.shape[1]
 
@@ -302,9 +432,7 @@ def backward(
         whole = one_over is None or blocks == 1
         if plan.share == 1 and whole:
             return dx
-        summed = jnp.sum(
-            dx.reshape(*dx.shape[:2], key_heads, plan.share, -1).astype(jnp.float32), axis=3
-        )
+        summed = jnp.sum(dx.reshape(*dx.shape[:2], key_heads, plan.share, -1).astype(jnp.float32), axis=3)
         if not whole:
             # Eq. (27).
             long = x.astype(jnp.float32)
@@ -316,12 +444,12 @@ def backward(
         return y.transpose(0, 2, 1)[:, :length]
 
     one_over_q, one_over_k = (None, None) if lengths is None else lengths
-    return (
+    return [
         to_key_heads(dq, q, one_over_q),
         to_key_heads(dk, k, one_over_k),
         dv[:, :length, :, : v.shape[3]],
         # Blocks of K have a part of the one each, and all of the other.
         to_tokens(jnp.sum(dlog_decay, axis=0)),
         to_tokens(dbeta[0]),
-        None if initial_state is None else dfirst.swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
-    )
+        dfirst[:, :, 0].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
+    ]

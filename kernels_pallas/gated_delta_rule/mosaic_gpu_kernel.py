@@ -64,6 +64,7 @@ class Plan:
         normed: whether q and k are to be divided by their lengths, eq. (27).
         compute: dtype of q, k, v: what the tensor cores take.
         interpreted: whether the kernels run on a CPU.
+        parts: into which the walks cut a sequence, of as many chunks each: programs of their own.
     """
 
     length: int
@@ -74,11 +75,22 @@ class Plan:
     normed: bool
     compute: Any
     interpreted: bool
+    parts: int = 1
 
     @property
     def chunks(self) -> int:
         """N."""
         return self.length // CHUNK
+
+    @property
+    def part_chunks(self) -> int:
+        """Of these, how many a part has."""
+        return self.chunks // self.parts
+
+    @property
+    def summary_columns(self) -> int:
+        """V + K, up to whole programs of `summary_body`."""
+        return -(-(self.value_dim + self.key_dim) // (2 * CHUNK)) * 2 * CHUNK
 
     @property
     def slabs(self) -> int:
@@ -359,7 +371,9 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
         """The tile of which x is the strip."""
         return lax.concatenate([only(i, x) for i in range(4)], 1)
 
-    diagonal = functools.reduce(lambda x, i: jnp.where(warp == i, _strips(a)[i], x), range(1, 4), _strips(a)[0])
+    diagonal = functools.reduce(
+        lambda x, i: jnp.where(warp == i, _strips(a)[i], x), range(1, 4), _strips(a)[0]
+    )
     s["a"][...] = a.astype(jnp.float16)
     s["diagonal"][...] = diagonal.astype(jnp.float16)
     apart = lax.bitwise_xor(row, column)
@@ -381,9 +395,7 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
         return rows(s["a"], row).at[:, pl.ds(columns * _WARP_ROWS, width)]
 
     # Blocks of 32 have a corner of 16 × 16 in the second and in the fourth warp,
-    (product,) = _sums(
-        plan, (None, [(only(i, low), corner(i, i - 1, _WARP_ROWS)) for i in (1, 3)])
-    )
+    (product,) = _sums(plan, (None, [(only(i, low), corner(i, i - 1, _WARP_ROWS)) for i in (1, 3)]))
     product = (product * -1.0).astype(jnp.float16)
     (small,) = _sums(plan, (None, [(only(i, product), rows(s["inverse"], i - 1)) for i in (1, 3)]))
     small_low = small.astype(jnp.float16)
@@ -391,7 +403,9 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
     plgpu.commit_smem()
     # and the whole one of 32 × 32, in the last two warps.
     left = jnp.where(warp == 2, low, only(3, small_low)), only(3, low)
-    (product,) = _sums(plan, (None, [(x, corner(i, 0, 2 * _WARP_ROWS)) for i, x in zip((2, 3), left, strict=True)]))
+    (product,) = _sums(
+        plan, (None, [(x, corner(i, 0, 2 * _WARP_ROWS)) for i, x in zip((2, 3), left, strict=True)])
+    )
     first, second = _strips((product * -1.0).astype(jnp.float16))
     large = _sums(
         plan,
@@ -434,6 +448,112 @@ def _most_stages(most: int, scratch: Callable[[int], dict[str, Any]]) -> tuple[i
         if _fits(scratch(stages)):
             return stages, scratch(stages)
     return 1, scratch(1)
+
+
+def summary_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
+    """(stages, shared memory) of `summary_body`."""
+
+    def scratch(stages: int) -> dict[str, Any]:
+        buffers = {
+            "k": tiled((stages, CHUNK, plan.key_dim), plan.compute),
+            "v": tiled((stages, 2, CHUNK, CHUNK), plan.compute),
+            "inverse": tiled((stages, CHUNK, CHUNK), plan.compute),
+            "gamma": plain(stages, CHUNK),
+            "root": plain(stages, CHUNK),
+            "came": plgpu.Barrier(num_arrivals=6 + plan.normed, num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "ended": plgpu.Barrier(num_arrivals=3),
+        }
+        if plan.wide:
+            buffers["state"] = tiled((2, CHUNK, plan.key_dim), plan.compute)
+        if plan.normed:
+            buffers["key_root"] = plain(stages, CHUNK)
+        return buffers
+
+    return _most_stages(4, scratch)
+
+
+def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
+    """What a part does to the state that enters it, eq. (16): (B, G, P, `summary_columns`, K) float32.
+
+    The first V rows are the state that leaves it if zero enters, the next K the transposed M of eq. (17): the states of K
+    more values, all zero, that begin as the identity. A program has 2 · 64 of them, and reads no queries.
+    """
+    k_ref, v_ref, inverse_ref, *rest = refs
+    gamma_ref, root_ref, key_root_ref, _ = _gate_refs(plan, rest)
+    (summary_ref,) = rest
+    b, part, g, pair = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
+    h = lax.div(g, plan.share)
+    warpgroup = lax.axis_index("warpgroup")
+    count, first_chunk = plan.part_chunks, part * plan.part_chunks
+
+    @pl.when(warpgroup == 2)
+    def _move() -> None:
+        plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
+
+        def issue(n: Any, slot: Any) -> None:
+            tokens, came = pl.ds((first_chunk + n) * CHUNK, CHUNK), s["came"].at[slot]
+            sources = [
+                (k_ref.at[b, tokens, h], s["k"].at[slot]),
+                (inverse_ref.at[b, g, tokens], s["inverse"].at[slot]),
+                (gamma_ref.at[b, g, tokens], s["gamma"].at[slot]),
+                (root_ref.at[b, g, tokens], s["root"].at[slot]),
+            ]
+            if plan.normed:
+                sources.append((key_root_ref.at[b, g, tokens], s["key_root"].at[slot]))
+            for i in range(2):
+                # Beyond the last columns of v they are not used.
+                slab = lax.min(2 * pair + i, plan.slabs - 1)
+                sources.append((v_ref.at[b, tokens, g, pl.ds(slab * CHUNK, CHUNK)], s["v"].at[slot, i]))
+            for source, target in sources:
+                plgpu.copy_gmem_to_smem(source, target, came)
+
+        _pipeline(count, stages, s["free"], issue)
+
+    @pl.when(warpgroup < 2)
+    def _walk() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        slab = 2 * pair + warpgroup
+        row, column = (
+            plgpu.broadcasted_iota(jnp.int32, (CHUNK, plan.key_dim), axis, layout=_TILE) for axis in (0, 1)
+        )
+        first = jnp.where(row + (slab * CHUNK - plan.value_dim) == column, 1.0, 0.0)
+        has_values = jnp.where(slab < plan.slabs, 1.0, 0.0)
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot = lax.rem(n, stages)
+            plgpu.barrier_wait(s["came"].at[slot])
+            low = state.astype(plan.compute)
+            if plan.wide:
+                s["state"].at[warpgroup][...] = low
+                plgpu.commit_smem()
+                low = s["state"].at[warpgroup]
+
+            def prepare() -> tuple[jax.Array, ...]:
+                gamma = _load(s["gamma"].at[slot], _COLUMNS)
+                root = _load(s["root"].at[slot], _COLUMNS)
+                offered = _load(s["v"].at[slot, warpgroup].T).astype(_FLOAT) * _across(root * has_values)
+                if plan.normed:
+                    root = _load(s["key_root"].at[slot], _COLUMNS)
+                return offered, root * jnp.exp2(gamma), gamma, root
+
+            recalled, (offered, taking, gamma, root) = _dots(
+                plan, (low, s["k"].at[slot].T), meanwhile=prepare
+            )
+            missing = (offered - recalled * _across(taking)).astype(plan.compute)
+
+            def fade() -> tuple[jax.Array, ...]:
+                last = s["gamma"][slot, CHUNK - 1]
+                return jnp.exp2(last - gamma) * root, state * jnp.exp2(last)
+
+            written, (fading, kept) = _dots(plan, (missing, s["inverse"].at[slot].T), meanwhile=fade)
+            state = _dot(plan, (written * _across(fading)).astype(plan.compute), s["k"].at[slot], kept)
+            plgpu.barrier_arrive(s["free"].at[slot])
+            return state
+
+        summary_ref.at[b, g, part, pl.ds(slab * CHUNK, CHUNK)][...] = lax.fori_loop(0, count, step, first)
+
+    _end_together(s["ended"])
 
 
 class Depths(NamedTuple):
@@ -498,23 +618,27 @@ def forward_body(
     *refs: Any,
     **s: Any,
 ) -> None:
-    """o, the final state (B, G, V, K) and, if they are saved, the states that enter the chunks (B, G, N, V, K)."""
+    """o, the state that leaves each part (B, G, P, V, K) and, if they are saved, those that enter the chunks (B, G, N, V, K).
+
+    `has_state`: what enters each part is given, else it is zero.
+    """
     stages, queries, copies, outputs = depths
     q_ref, k_ref, v_ref, inverse_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
     first_ref = rest.pop(0) if has_state else None
     o_ref, final_ref, *rest = rest
     states_ref = rest.pop(0) if save_states else None
-    b, g, slab = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("v")
+    b, part, g, slab = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
+    count, first_chunk = plan.part_chunks, part * plan.part_chunks
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
         plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
 
         def issue(n: Any, slot: Any) -> None:
-            tokens, came = pl.ds(n * CHUNK, CHUNK), s["came"].at[slot]
+            tokens, came = pl.ds((first_chunk + n) * CHUNK, CHUNK), s["came"].at[slot]
             sources = [
                 (k_ref.at[b, tokens, h], "k"),
                 (v_ref.at[b, tokens, g, columns], "v"),
@@ -539,14 +663,14 @@ def forward_body(
 
             plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], s["q"].at[place], s["query_came"].at[place])
 
-        _pipeline(plan.chunks, stages, s["free"], issue)
-        for n in range(max(plan.chunks - queries, 0), plan.chunks):
+        _pipeline(count, stages, s["free"], issue)
+        for n in range(max(count - queries, 0), count):
             plgpu.barrier_wait(s["query_free"].at[n % queries])
 
     @pl.when(warpgroup == 0)
     def _walk() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        first = _zeros(plan.key_dim) if first_ref is None else _load_state(first_ref.at[b, g, columns])
+        first = _zeros(plan.key_dim) if first_ref is None else _load_state(first_ref.at[b, g, part, columns])
 
         def step(n: Any, state: jax.Array) -> jax.Array:
             slot, copy = lax.rem(n, stages), lax.rem(n, copies)
@@ -595,7 +719,9 @@ def forward_body(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["handed"].at[copy])
                 if states_ref is not None:
-                    plgpu.copy_smem_to_gmem(s["state"].at[copy], states_ref.at[b, g, n, columns])
+                    plgpu.copy_smem_to_gmem(
+                        s["state"].at[copy], states_ref.at[b, g, first_chunk + n, columns]
+                    )
 
             # Eq. (8).
             faded = (written * _across(fading)).astype(plan.compute)
@@ -603,10 +729,10 @@ def forward_body(
             plgpu.barrier_arrive(s["free"].at[slot])
             return state
 
-        final = lax.fori_loop(0, plan.chunks, step, first)
-        for n in range(max(plan.chunks - copies, 0), plan.chunks):
+        final = lax.fori_loop(0, count, step, first)
+        for n in range(max(count - copies, 0), count):
             plgpu.barrier_wait(s["taken"].at[n % copies])
-        final_ref.at[b, g, columns][...] = final
+        final_ref.at[b, g, part, columns][...] = final
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
@@ -642,10 +768,11 @@ def forward_body(
             plgpu.wait_smem_to_gmem(outputs - 1, wait_read_only=True)
             s["o"].at[output][...] = o.astype(plan.compute)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["o"].at[output], o_ref.at[b, pl.ds(n * CHUNK, CHUNK), g, columns])
+            tokens = pl.ds((first_chunk + n) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(s["o"].at[output], o_ref.at[b, tokens, g, columns])
             return carry
 
-        lax.fori_loop(0, plan.chunks, step, None)
+        lax.fori_loop(0, count, step, None)
         plgpu.wait_smem_to_gmem(0)
 
     _end_together(s["ended"])
@@ -685,15 +812,21 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
     return stages, copies, buffers
 
 
-def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: Any) -> None:
-    """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and that of the first state."""
+def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs: Any, **s: Any) -> None:
+    """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and of those that enter the parts.
+
+    If it is `local`, only the last.
+    """
     q_ref, k_ref, do_ref, inverse_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    dfinal_ref, dv_ref, dstates_ref, dfirst_ref = rest
-    b, g, slab = lax.axis_index("b"), lax.axis_index("g"), lax.axis_index("v")
+    dfinal_ref, *rest = rest
+    dv_ref, dstates_ref = (None, None) if local else (rest.pop(0), rest.pop(0))
+    (dfirst_ref,) = rest
+    b, part, g, slab = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
-    last_chunk = plan.chunks - 1
+    count = plan.part_chunks
+    last_chunk = (part + 1) * count - 1
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
@@ -720,7 +853,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             for source, name in sources:
                 plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
 
-        _pipeline(plan.chunks, stages, s["free"], issue)
+        _pipeline(count, stages, s["free"], issue)
 
     @pl.when(warpgroup == 0)
     def _walk() -> None:
@@ -732,6 +865,8 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             low = dstate.astype(plan.compute)
 
             def keep() -> None:
+                if local and not plan.wide:
+                    return
                 plgpu.wait_smem_to_gmem(2 * (copies - 1), wait_read_only=True)
                 s["dstate"].at[copy][...] = low
 
@@ -772,6 +907,8 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             dv = dmissing * _across(root)
 
             def store() -> None:
+                if dv_ref is None or dstates_ref is None:
+                    return
                 s["dv"].at[copy].T[...] = dv.astype(plan.compute)
                 plgpu.commit_smem()
                 chunk = last_chunk - n
@@ -784,9 +921,9 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             plgpu.barrier_arrive(s["free"].at[slot])
             return dstate
 
-        dfinal = _load_state(dfinal_ref.at[b, g, columns])
-        dfirst = lax.fori_loop(0, plan.chunks, step, dfinal)
-        dfirst_ref.at[b, g, columns][...] = dfirst
+        dfinal = _load_state(dfinal_ref.at[b, g, part, columns])
+        dfirst = lax.fori_loop(0, count, step, dfinal)
+        dfirst_ref.at[b, g, part, columns][...] = dfirst
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
@@ -814,14 +951,15 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, *refs: Any, **s: An
             plgpu.barrier_arrive(s["free"].at[slot])
             return carry
 
-        lax.fori_loop(0, plan.chunks, step, None)
-        for n in range(max(plan.chunks - copies, 0), plan.chunks):
+        lax.fori_loop(0, count, step, None)
+        for n in range(max(count - copies, 0), count):
             plgpu.barrier_wait(s["taken"].at[n % copies])
 
     _end_together(s["ended"])
 
 
 # Backward: the gradients of every chunk -------------------------------------------------------------------------------
+
 
 def _row_products(x: jax.Array, ref: Any) -> jax.Array:
     """Sum over columns of x times what is in `ref`, for each row; 64 columns at a time, so that few registers do."""
@@ -897,8 +1035,8 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
     """dq and dk of each value head (B, T, G, K), d log α and dβ (blocks of K, B, G, T), of `chunks` chunks.
 
-    A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as they
-    came if a block is all of K; else what eq. (27) subtracts is missing.
+    A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as
+    they came if a block is all of K; else what eq. (27) subtracts is missing.
     """
     q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
@@ -1197,11 +1335,13 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             for i in range(width // CHUNK):
                 columns = lax.slice(dk, (0, i * CHUNK), (CHUNK, (i + 1) * CHUNK))
                 at(leaving, i)[...] = columns.astype(plan.compute)
-            # Eq. (26): what ends at a later token or this one, what leaves the chunk from an earlier one, and what passes.
+            # Eq. (26): what ends here or later, what leaves the chunk from an earlier token, and what passes.
             plgpu.barrier_wait(s["sums_handed"])
             ends = ends - starts + _load(at("query_sums"), _ROWS)
             row, column = _indices(s["key_gamma"].at[0])
-            crossing = jnp.where(row >= column, _down(ends), _down(leaves)) + _down(_load(at("state_sums"), _ROWS))
+            crossing = jnp.where(row >= column, _down(ends), _down(leaves)) + _down(
+                _load(at("state_sums"), _ROWS)
+            )
             at("dlog")[...] = jnp.sum(crossing, axis=0)
             plgpu.barrier_arrive(s["sums_taken"])
             plgpu.commit_smem()

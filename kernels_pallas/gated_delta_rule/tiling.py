@@ -81,3 +81,25 @@ def gpu_run(chunks: int, rows: int) -> int:
         return waves * (run + _GPU_PROGRAM_START)
 
     return min((run for run in range(1, min(chunks, 32) + 1) if chunks % run == 0), key=cost)
+
+
+# A sequence that is cut is walked twice, and its parts' states are put together in between: in the time of a walk's
+# chunk, what that takes for each part and whatever their number.
+_GPU_PART = 6
+_GPU_CUT = 14
+
+
+def gpu_parts(chunks: int, rows: int) -> int:
+    """Into how many parts of equal length the walks cut a sequence; divides `chunks`.
+
+    Args:
+        chunks: N of a sequence.
+        rows: programs that a walk has if it cuts none: B · G · V / 64.
+    """
+
+    def cost(parts: int) -> int:
+        return chunks if parts == 1 else 2 * chunks // parts + _GPU_PART * parts + _GPU_CUT
+
+    # More programs than multiprocessors would wait for one another.
+    most = max(1, _GPU_SMS // rows)
+    return min((parts for parts in range(1, min(chunks, most) + 1) if chunks % parts == 0), key=cost)
