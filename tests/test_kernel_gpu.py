@@ -156,7 +156,16 @@ def test_parts_under_vmap(monkeypatch):
 
 @pytest.mark.parametrize(
     ("chunks", "rows", "parts"),
-    [(256, 32, 4), (1024, 32, 4), (64, 128, 1), (64, 32, 1), (128, 64, 1), (256, 12, 8), (157, 2, 1), (99, 8, 9)],
+    [
+        (256, 32, 4),
+        (1024, 32, 4),
+        (64, 128, 1),
+        (64, 32, 1),
+        (128, 64, 1),
+        (256, 12, 8),
+        (157, 2, 1),
+        (99, 8, 9),
+    ],
 )
 def test_parts_fill_the_multiprocessors(chunks, rows, parts):
     assert tiling.gpu_parts(chunks, rows) == parts

@@ -124,8 +124,10 @@ def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -
     log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
     root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
     log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
-    in_chunks = log2.reshape(*log2.shape[:2], plan.chunks, CHUNK)
-    gates = [jnp.cumsum(in_chunks, axis=-1).reshape(log2.shape), root]
+    in_chunks = log2.reshape(*log2.shape[:2], plan.chunks, 1, CHUNK)
+    # One fused sum; a cumsum is a scan of several kernels.
+    upto = jnp.tri(CHUNK, dtype=jnp.bool_)[None, None, None]
+    gates = [jnp.sum(jnp.where(upto, in_chunks, 0.0), axis=-1).reshape(log2.shape), root]
     if lengths is not None:
         q, k = (
             jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
@@ -267,7 +269,7 @@ def _forward(
             warpgroups=3,
         )
         maps = summary[:, :, :, plan.value_dim : plan.value_dim + plan.key_dim]
-        first = _firsts(first, summary[:, :, :, : plan.value_dim], maps)
+        first = _ends(plan, summary, summary, first, backward=False, first_row=plan.value_dim)
     elif first is not None:
         first = first[:, :, None]
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
@@ -296,43 +298,30 @@ def _forward(
     return [o, final, *saved]
 
 
-def _firsts(first: Array | None, left: Array, maps: Array) -> Array:
-    """The states that enter the parts, (B, G, P, V, K), by eq. (17).
+def _ends(
+    plan: Plan, maps: Array, local: Array, given: Array | None, *, backward: bool, first_row: int = 0
+) -> Array:
+    """The states that enter the parts, or the cotangents of those that leave them, (B, G, P, V, K).
 
     Args:
-        first: enters the first part, (B, G, V, K); None is zero.
-        left: leaves each part if zero enters, (B, G, P, V, K).
-        maps: transposed M of each part, (B, G, P, K, K).
+        plan: of the launch.
+        maps: transposed M of each part, (B, G, P, K from `first_row` on, K).
+        local: what each part makes of zero, (B, G, P, V, K or more).
+        given: what enters the first part, (B, G, V, K), None being zero; or the cotangent of what leaves the last one.
+        backward: which.
+        first_row: of `maps`.
     """
-    states = [jnp.zeros_like(left[:, :, 0]) if first is None else first]
-    for p in range(left.shape[2] - 1):
-        state = left[:, :, p]
-        if p > 0 or first is not None:
-            state = state + jnp.einsum(
-                "bgvc,bgck->bgvk", states[-1], maps[:, :, p], precision=jax.lax.Precision.HIGHEST
-            )
-        states.append(state)
-    return jnp.stack(states, axis=2)
-
-
-def _lasts(last: Array, entered: Array, maps: Array) -> Array:
-    """The cotangents of the states that leave the parts, (B, G, P, V, K): those of eq. (17).
-
-    Args:
-        last: of what leaves the last part, (B, G, V, K).
-        entered: of what enters each part if `last` is that of the last part and zero that of the others.
-        maps: transposed M of each part, (B, G, P, K, K).
-    """
-    parts = entered.shape[2]
-    cotangents = [last]
-    for p in range(parts - 1, 0, -1):
-        cotangent = entered[:, :, p]
-        if p < parts - 1:
-            cotangent = cotangent + jnp.einsum(
-                "bgvk,bgck->bgvc", cotangents[-1], maps[:, :, p], precision=jax.lax.Precision.HIGHEST
-            )
-        cotangents.append(cotangent)
-    return jnp.stack(cotangents[::-1], axis=2)
+    batch, value_heads = maps.shape[:2]
+    (ends,) = _launch(
+        "gdn_ends",
+        functools.partial(kernels.ends_body, plan, backward, first_row, given is not None),
+        {"g": value_heads, "v": plan.slabs},
+        [maps, local, *([] if given is None else [given])],
+        [((batch, value_heads, plan.parts, plan.value_dim, plan.key_dim), jnp.float32)],
+        kernels.ends_scratch(plan),
+        warpgroups=1,
+    )
+    return ends
 
 
 def backward(
@@ -396,7 +385,7 @@ def _backward(
         assert saved.maps is not None
         lasts = jnp.pad(lasts, ((0, 0), (0, 0), (plan.parts - 1, 0), (0, 0), (0, 0)))
         (entered,) = walk(lasts, [], local=True)
-        lasts = _lasts(last, entered, saved.maps[:, :, : plan.parts])
+        lasts = _ends(plan, saved.maps[:, :, : plan.parts], entered, last, backward=True)
     dv, dstates, dfirst = walk(
         lasts,
         [

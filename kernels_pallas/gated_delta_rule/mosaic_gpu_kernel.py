@@ -476,8 +476,8 @@ def summary_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
 def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
     """What a part does to the state that enters it, eq. (16): (B, G, P, `summary_columns`, K) float32.
 
-    The first V rows are the state that leaves it if zero enters, the next K the transposed M of eq. (17): the states of K
-    more values, all zero, that begin as the identity. A program has 2 · 64 of them, and reads no queries.
+    The first V rows are the state that leaves it if zero enters, the next K the transposed M of eq. (17): the states of
+    K more values, all zero, that begin as the identity. A program has 2 · 64 of them, and reads no queries.
     """
     k_ref, v_ref, inverse_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, _ = _gate_refs(plan, rest)
@@ -556,6 +556,68 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
     _end_together(s["ended"])
 
 
+def ends_scratch(plan: Plan) -> dict[str, Any]:
+    """Shared memory of `ends_body`."""
+    return {name: tiled((CHUNK, plan.key_dim), jnp.bfloat16) for name in ("high", "low")}
+
+
+def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs: Any, **s: Any) -> None:
+    """The states that enter the parts, or the cotangents of those that leave them (B, G, P, V, K), by eq. (17).
+
+    Of each part it gets M, transposed, as the rows from `first_row` of an array, and the state that leaves it if zero enters; or, backward, the cotangent of what
+    enters it if that of what leaves it is zero, but in the last part is what it is.
+
+    Matrices are sums of two of bfloat16, of whose products only that of the small parts is left out: 16 bits.
+    """
+    maps_ref, local_ref, *rest = refs
+    given_ref = rest.pop(0) if has_state else None
+    (ends_ref,) = rest
+    b, g, slab = (lax.axis_index(name) for name in ("b", "g", "v"))
+    columns = pl.ds(slab * CHUNK, CHUNK)
+
+    def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        high = x.astype(jnp.bfloat16)
+        return high, (x - high.astype(_FLOAT)).astype(jnp.bfloat16)
+
+    def through(part: Any, state: jax.Array) -> jax.Array:
+        """What the part makes of the state beside what it adds."""
+        made = None if not backward else []
+        for start in range(0, plan.key_dim, CHUNK):
+            s["high"][...], s["low"][...] = halves(
+                _load_state(maps_ref.at[b, g, part, pl.ds(first_row + start, CHUNK)])
+            )
+            plgpu.commit_smem()
+            if backward:
+                high, low = halves(state)
+                made += _sums(plan, (None, [(high, s["high"].T), (low, s["high"].T), (high, s["low"].T)]))
+            else:
+                high, low = halves(lax.slice(state, (0, start), (CHUNK, start + CHUNK)))
+                (made,) = _sums(plan, (made, [(high, s["high"]), (low, s["high"]), (high, s["low"])]))
+        return lax.concatenate(made, 1) if backward else made
+
+    def local(part: Any) -> jax.Array:
+        return _load_state(local_ref.at[b, g, part, columns])
+
+    last = plan.parts - 1
+    if backward:
+        ends_ref.at[b, g, last, columns][...] = _load_state(given_ref.at[b, g, columns])
+
+        def step(i: Any, cotangent: jax.Array) -> jax.Array:
+            part = last - 1 - i
+            ends_ref.at[b, g, part, columns][...] = cotangent
+            return local(part) + through(part, cotangent)
+
+        ends_ref.at[b, g, 0, columns][...] = lax.fori_loop(0, last - 1, step, local(last))
+        return
+
+    def step(part: Any, state: jax.Array) -> jax.Array:
+        ends_ref.at[b, g, part, columns][...] = state
+        return local(part) + through(part, state)
+
+    first = _zeros(plan.key_dim) if given_ref is None else _load_state(given_ref.at[b, g, columns])
+    ends_ref.at[b, g, last, columns][...] = lax.fori_loop(0, last, step, first)
+
+
 class Depths(NamedTuple):
     """How many chunks have a place in shared memory at once.
 
@@ -574,8 +636,8 @@ class Depths(NamedTuple):
 
 def forward_scratch(plan: Plan) -> tuple[Depths, dict[str, Any]]:
     """Depths and shared memory of `forward_body`."""
-    # Two states in shared memory let the walk go on while the last one is read. Where they are wide, q has but one place:
-    # its chunk is asked for when the reader is done with the one before.
+    # Two states in shared memory let the walk go on while the last one is read. Where they are wide, q has but one
+    # place: its chunk is asked for when the reader is done with the one before.
     copies = 2
     narrow = 1 if plan.wide else 2
 
@@ -618,7 +680,7 @@ def forward_body(
     *refs: Any,
     **s: Any,
 ) -> None:
-    """o, the state that leaves each part (B, G, P, V, K) and, if they are saved, those that enter the chunks (B, G, N, V, K).
+    """o, the state that leaves each part (B, G, P, V, K) and, if saved, those that enter the chunks (B, G, N, V, K).
 
     `has_state`: what enters each part is given, else it is zero.
     """
