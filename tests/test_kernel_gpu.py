@@ -135,6 +135,18 @@ def test_sequences_in_parts(shape, options, has_state, monkeypatch):
     check(functools.partial(KERNEL, **options), functools.partial(REFERENCE, **options), x)
 
 
+@pytest.mark.parametrize("shape", [(1, 256, 1, 1, 64, 64), (1, 256, 1, 1, 128, 128)])
+@pytest.mark.parametrize("forgets", ["all", "first", "last"])
+def test_parts_skip_what_is_forgotten(shape, forgets, monkeypatch):
+    """Two parts of two chunks, in which a state is forgotten: in every chunk, in the first or in the last of a part."""
+    monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2)
+    x = rounded(shape, "bfloat16", seed=8)
+    chunks = {"all": (0, 1, 2, 3), "first": (0, 2), "last": (1, 3)}[forgets]
+    for chunk in chunks:
+        x["log_decay"] = x["log_decay"].at[:, chunk * 64 + 13].set(-1e3)
+    check(KERNEL, REFERENCE, x)
+
+
 def test_parts_under_vmap(monkeypatch):
     """Two sequences at once are programs enough, so that they are not cut; one is. What is saved must fit both."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 3 if rows == 1 else 1)
@@ -210,14 +222,14 @@ def test_composes_with_vmap_and_shard_map():
         np.testing.assert_array_equal(composed[name], value, name)
 
 
-def test_saves_states_and_inverses_only():
-    """Beyond its inputs: 2·K·V/C + 2·C bytes per token and value head."""
+def test_saves_states_inverses_and_sums_of_decays_only():
+    """Beyond its inputs: 2·K·V/C + 2·C + 4 bytes per token and value head."""
     x = rounded((1, 192, 1, 2, 64, 128), "bfloat16")
     with plgpu.force_gpu_interpret_mode(STRICT):
         _, vjp = jax.eval_shape(functools.partial(jax.vjp, lambda x: KERNEL(**x)[0]), x)
     saved = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(vjp))
     inputs = sum(y.size * y.dtype.itemsize for y in x.values())
-    assert saved - inputs == 2 * 192 * 2 * (64 * 128 // 64 + 64)
+    assert saved - inputs == 192 * 2 * (2 * 64 * 128 // 64 + 2 * 64 + 4)
 
 
 def test_refuses_by_name():

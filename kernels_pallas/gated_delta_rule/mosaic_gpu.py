@@ -114,8 +114,8 @@ def _whole(plan: Plan, x: Array, dim: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, dim - x.shape[3])))
 
 
-def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -> list[Array]:
-    """(B, T, G) each → γ, sums of log₂ α from the start of each chunk, and √β, both (B, G, T) float32.
+def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -> tuple[Array, list[Array]]:
+    """(B, T, G) each → log₂ α, and √β, both (B, G, T) float32.
 
     With `lengths` also √β over the length of k, and the scale over that of q, (B, G, T).
     """
@@ -124,17 +124,26 @@ def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -
     log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
     root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
     log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
-    in_chunks = log2.reshape(*log2.shape[:2], plan.chunks, 1, CHUNK)
-    # One fused sum; a cumsum is a scan of several kernels.
-    upto = jnp.tri(CHUNK, dtype=jnp.bool_)[None, None, None]
-    gates = [jnp.sum(jnp.where(upto, in_chunks, 0.0), axis=-1).reshape(log2.shape), root]
-    if lengths is not None:
-        q, k = (
-            jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
-            for x in lengths
-        )
-        gates += [root * k, plan.scale * q]
-    return gates
+    if lengths is None:
+        return log2, [root]
+    q, k = (
+        jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
+        for x in lengths
+    )
+    return log2, [root, root * k, plan.scale * q]
+
+
+def _skipped(plan: Plan, log2: Array, *, backward: bool) -> Array:
+    """How many of the first chunks of each part leave nothing where it ends, (B, G, P) int32.
+
+    Backward, of the last chunks: how many ask nothing of the state that enters the part. In between a state loses all:
+    with keys of length 1 and β to 2 it grows by nothing, and 2 to `_FORGET_LOG2` of it is 0 in float32.
+    """
+    totals = jnp.sum(log2.reshape(*log2.shape[:2], plan.parts, 1, plan.part_chunks, CHUNK), axis=-1)
+    between = jnp.tri(plan.part_chunks, k=-1, dtype=jnp.bool_)
+    between = between if backward else between.T
+    decays = jnp.sum(jnp.where(between[None, None, None], totals, 0.0), axis=-1)
+    return jnp.sum((decays <= _FORGET_LOG2).astype(jnp.int32), axis=-1)
 
 
 def _turned(plan: Plan, state: Array) -> Array:
@@ -191,11 +200,13 @@ class Saved(NamedTuple):
     """What the backward pass needs beside the operands.
 
     Attributes:
+        gamma: γ, (B, G, T) float32.
         states: that enter the chunks, (B, G, N, V, K) in the dtype of q.
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
         maps: transposed M of each part, (B, G, P, K, K) float32; None where sequences are not cut.
     """
 
+    gamma: Array
     states: Array
     inverse: Array
     maps: Array | None
@@ -222,9 +233,8 @@ def forward(
     def call(*arrays: Array) -> list[Array]:
         return _forward(plan, most_parts, *jax.tree.unflatten(tree, arrays), save_states=save_states)
 
-    o, final, *saved = folding_vmap(
-        call, [0] * (5 if save_states and most_parts > 1 else 4 if save_states else 2)
-    )(*arrays)
+    results = 2 + (3 + (most_parts > 1)) * save_states
+    o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
     return o, final, Saved(*saved, *([None] if most_parts == 1 else [])) if save_states else None
 
 
@@ -243,18 +253,22 @@ def _forward(
 ) -> list[Array]:
     batch, value_heads = v.shape[0], v.shape[2]
     plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
-    gates = _gates(plan, log_decay, beta, lengths)
+    log2, factors = _gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = _whole(plan, v, plan.value_dim)
-    (inverse,) = _launch(
+    inverse, gamma = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "g": value_heads},
-        [whole_k, gates[0], gates[2] if plan.normed else gates[1]],
-        [((batch, value_heads, plan.length, CHUNK), plan.compute)],
+        [whole_k, log2, factors[1] if plan.normed else factors[0]],
+        [
+            ((batch, value_heads, plan.length, CHUNK), plan.compute),
+            ((batch, value_heads, plan.length), jnp.float32),
+        ],
         kernels.inverse_scratch(plan),
         warpgroups=1,
     )
+    gates = [gamma, *factors]
     first = None if initial_state is None else _turned(plan, initial_state)
     maps = None
     if plan.parts > 1:
@@ -263,7 +277,7 @@ def _forward(
             "gdn_summary",
             functools.partial(kernels.summary_body, plan, stages),
             {"p": plan.parts, "g": value_heads, "v": plan.summary_columns // (2 * CHUNK)},
-            [whole_k, whole_v, inverse, *gates],
+            [whole_k, whole_v, inverse, _skipped(plan, log2, backward=False), *gates],
             [((batch, value_heads, plan.parts, plan.summary_columns, plan.key_dim), jnp.float32)],
             scratch,
             warpgroups=3,
@@ -288,7 +302,7 @@ def _forward(
     )
     o = o[:, : q.shape[1], :, : v.shape[3]]
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
-    saved = [states[0], inverse] if save_states else []
+    saved = [gamma, states[0], inverse] if save_states else []
     if save_states and most_parts > 1:
         shape = (batch, value_heads, most_parts - plan.parts, plan.key_dim, plan.key_dim)
         if maps is None:
@@ -362,7 +376,8 @@ def _backward(
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
     plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
-    gates = _gates(plan, log_decay, beta, lengths)
+    log2, factors = _gates(plan, log_decay, beta, lengths)
+    gates = [saved.gamma, *factors]
     whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (_whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
@@ -373,7 +388,15 @@ def _backward(
             "gdn_walk",
             functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
             {"p": plan.parts, "g": value_heads, "v": plan.slabs},
-            [whole_q, whole_k, whole_do, saved.inverse, *gates, lasts],
+            [
+                *([_skipped(plan, log2, backward=True)] if local else []),
+                whole_q,
+                whole_k,
+                whole_do,
+                saved.inverse,
+                *gates,
+                lasts,
+            ],
             [*outputs, (state_shape, jnp.float32)],
             scratch,
             warpgroups=3,

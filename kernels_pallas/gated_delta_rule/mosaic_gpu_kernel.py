@@ -279,19 +279,33 @@ def _end_together(ended: Any) -> None:
     plgpu.barrier_wait(ended)
 
 
-def _pipeline(count: int, stages: int, free: Any, issue: Callable[[Any, Any], None]) -> None:
-    """The mover's loop: asks for item n of `count` as soon as the slot of item n − stages is free."""
-    for n in range(min(stages, count)):
-        issue(n, n)
+def _pipeline(
+    count: int, stages: int, free: Any, issue: Callable[[Any, Any], None], skipped: Any = 0
+) -> None:
+    """The mover's loop: asks for item n of `count` as soon as the slot of item n − stages is free.
 
-    @pl.loop(stages, count)
+    It begins at item `skipped`, in slot 0.
+    """
+    if isinstance(skipped, int) and skipped == 0:
+        for n in range(min(stages, count)):
+            issue(n, n)
+    else:
+        for n in range(min(stages, count)):
+            pl.when(skipped + n < count)(functools.partial(issue, skipped + n, n))
+
+    @pl.loop(stages, count - skipped)
     def _refill(n: Any) -> None:
         slot = lax.rem(n, stages)
         plgpu.barrier_wait(free.at[slot])
-        issue(n, slot)
+        issue(skipped + n, slot)
 
-    for n in range(max(count - stages, 0), count):
-        plgpu.barrier_wait(free.at[n % stages])
+    _wait_for_last(count, stages, free, skipped)
+
+
+def _wait_for_last(count: int, slots: int, barrier: Any, skipped: Any = 0) -> None:
+    """Waits until the last items of `count`, all but `skipped`, have left their slots."""
+    for slot in range(min(slots, count)):
+        pl.when(skipped + slot < count)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
 
 
 # T of every chunk ---------------------------------------------------------------------------------------------------
@@ -308,25 +322,28 @@ def _strips(x: jax.Array) -> list[jax.Array]:
 
 
 def inverse_scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory of `inverse_body`. A reference has one layout: γ comes once for rows, once for columns."""
+    """Shared memory of `inverse_body`. What is loaded has one layout: √β comes once for rows, once for columns."""
     strip = (CHUNK, _WARP_ROWS)
     return {
         "k": tiled((CHUNK, plan.key_dim), plan.compute),
-        "gamma_rows": plain(CHUNK),
-        "gamma_columns": plain(CHUNK),
+        "log": plain(CHUNK),
         "root_rows": plain(CHUNK),
         "root_columns": plain(CHUNK),
+        "gamma": plain(CHUNK),
         "a": tiled(_SQUARE, jnp.float16, columns=_WARP_ROWS),
         "diagonal": tiled(strip, jnp.float16),
         "inverse": tiled(strip, jnp.float16),
         "corner": tiled(strip, jnp.float16),
         "result": tiled(_SQUARE, plan.compute, columns=_WARP_ROWS),
-        "came": plgpu.Barrier(num_arrivals=5),
+        "gates_came": plgpu.Barrier(num_arrivals=3),
+        "came": plgpu.Barrier(),
     }
 
 
-def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_ref: Any, **s: Any) -> None:
-    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype.
+def inverse_body(
+    plan: Plan, k_ref: Any, log_ref: Any, root_ref: Any, inverse_ref: Any, gamma_ref: Any, **s: Any
+) -> None:
+    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype. And γ, from log₂ α.
 
     The 16 rows of a warp have one of the four diagonal blocks of 16 × 16. As long as nothing else is needed, these are
     a strip of 64 × 16, and a product of two of them is four products, each of whose left operands is zero but for one
@@ -337,18 +354,22 @@ def inverse_body(plan: Plan, k_ref: Any, gamma_ref: Any, root_ref: Any, inverse_
     """
     b, n, g = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("g")
     tokens = pl.ds(n * CHUNK, CHUNK)
-    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, lax.div(g, plan.share)], s["k"], s["came"])
-    for name in ("gamma_rows", "gamma_columns"):
-        plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens], s[name], s["came"])
+    plgpu.copy_gmem_to_smem(log_ref.at[b, g, tokens], s["log"], s["gates_came"])
     for name in ("root_rows", "root_columns"):
-        plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["came"])
+        plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["gates_came"])
+    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, lax.div(g, plan.share)], s["k"], s["came"])
+    row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
+    plgpu.barrier_wait(s["gates_came"])
+    gamma = jnp.sum(jnp.where(row >= column, _across(_load(s["log"], _COLUMNS)), 0.0), axis=1)
+    s["gamma"][...] = gamma
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(s["gamma"], gamma_ref.at[b, g, tokens])
     plgpu.barrier_wait(s["came"])
 
     def prepare() -> jax.Array:
         # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used.
-        row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
-        ends = _load(s["gamma_rows"], _ROWS) + jnp.log2(_load(s["root_rows"], _ROWS))
-        starts = _load(s["gamma_columns"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+        ends = gamma + jnp.log2(_load(s["root_rows"], _ROWS))
+        starts = _load(s["gamma"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
         return jnp.exp2(jnp.where(row > column, _down(ends) - _across(starts), -jnp.inf))
 
     # Eq. (24).
@@ -478,14 +499,17 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
 
     The first V rows are the state that leaves it if zero enters, the next K the transposed M of eq. (17): the states of
     K more values, all zero, that begin as the identity. A program has 2 · 64 of them, and reads no queries.
+
+    The first chunks of a part, as many as the input says, are skipped: what they leave is 0 where the part ends.
     """
-    k_ref, v_ref, inverse_ref, *rest = refs
+    k_ref, v_ref, inverse_ref, skipped_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, _ = _gate_refs(plan, rest)
     (summary_ref,) = rest
     b, part, g, pair = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
     count, first_chunk = plan.part_chunks, part * plan.part_chunks
+    skipped = skipped_ref[b, g, part]
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
@@ -508,7 +532,7 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
             for source, target in sources:
                 plgpu.copy_gmem_to_smem(source, target, came)
 
-        _pipeline(count, stages, s["free"], issue)
+        _pipeline(count, stages, s["free"], issue, skipped)
 
     @pl.when(warpgroup < 2)
     def _walk() -> None:
@@ -518,10 +542,11 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
             plgpu.broadcasted_iota(jnp.int32, (CHUNK, plan.key_dim), axis, layout=_TILE) for axis in (0, 1)
         )
         first = jnp.where(row + (slab * CHUNK - plan.value_dim) == column, 1.0, 0.0)
+        first = first * jnp.where(skipped == 0, 1.0, 0.0)
         has_values = jnp.where(slab < plan.slabs, 1.0, 0.0)
 
         def step(n: Any, state: jax.Array) -> jax.Array:
-            slot = lax.rem(n, stages)
+            slot = lax.rem(n - skipped, stages)
             plgpu.barrier_wait(s["came"].at[slot])
             low = state.astype(plan.compute)
             if plan.wide:
@@ -551,7 +576,9 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
             plgpu.barrier_arrive(s["free"].at[slot])
             return state
 
-        summary_ref.at[b, g, part, pl.ds(slab * CHUNK, CHUNK)][...] = lax.fori_loop(0, count, step, first)
+        summary_ref.at[b, g, part, pl.ds(slab * CHUNK, CHUNK)][...] = lax.fori_loop(
+            skipped, count, step, first
+        )
 
     _end_together(s["ended"])
 
@@ -564,8 +591,9 @@ def ends_scratch(plan: Plan) -> dict[str, Any]:
 def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs: Any, **s: Any) -> None:
     """The states that enter the parts, or the cotangents of those that leave them (B, G, P, V, K), by eq. (17).
 
-    Of each part it gets M, transposed, as the rows from `first_row` of an array, and the state that leaves it if zero enters; or, backward, the cotangent of what
-    enters it if that of what leaves it is zero, but in the last part is what it is.
+    Of each part it gets M, transposed, as the rows from `first_row` of an array, and the state that leaves it if zero
+    enters; or, backward, the cotangent of what enters it if that of what leaves it is zero, but in the last part is what
+    it is.
 
     Matrices are sums of two of bfloat16, of whose products only that of the small parts is left out: 16 bits.
     """
@@ -614,8 +642,12 @@ def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs
         ends_ref.at[b, g, part, columns][...] = state
         return local(part) + through(part, state)
 
-    first = _zeros(plan.key_dim) if given_ref is None else _load_state(given_ref.at[b, g, columns])
-    ends_ref.at[b, g, last, columns][...] = lax.fori_loop(0, last, step, first)
+    if given_ref is None:
+        ends_ref.at[b, g, 0, columns][...] = _zeros(plan.key_dim)
+        begin, first = 1, local(0)
+    else:
+        begin, first = 0, _load_state(given_ref.at[b, g, columns])
+    ends_ref.at[b, g, last, columns][...] = lax.fori_loop(begin, last, step, first)
 
 
 class Depths(NamedTuple):
@@ -726,8 +758,7 @@ def forward_body(
             plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], s["q"].at[place], s["query_came"].at[place])
 
         _pipeline(count, stages, s["free"], issue)
-        for n in range(max(count - queries, 0), count):
-            plgpu.barrier_wait(s["query_free"].at[n % queries])
+        _wait_for_last(count, queries, s["query_free"])
 
     @pl.when(warpgroup == 0)
     def _walk() -> None:
@@ -792,8 +823,7 @@ def forward_body(
             return state
 
         final = lax.fori_loop(0, count, step, first)
-        for n in range(max(count - copies, 0), count):
-            plgpu.barrier_wait(s["taken"].at[n % copies])
+        _wait_for_last(count, copies, s["taken"])
         final_ref.at[b, g, part, columns][...] = final
         plgpu.wait_smem_to_gmem(0)
 
@@ -877,9 +907,11 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs: Any, **s: Any) -> None:
     """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and of those that enter the parts.
 
-    If it is `local`, only the last.
+    If it is `local`, only the last, and the last chunks of a part, as many as the first input says, are skipped: what
+    they ask of the state that enters the part is 0.
     """
-    q_ref, k_ref, do_ref, inverse_ref, *rest = refs
+    *skipped_ref, q_ref, k_ref, do_ref, inverse_ref = refs[: 4 + local]
+    rest = list(refs[4 + local :])
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
     dfinal_ref, *rest = rest
     dv_ref, dstates_ref = (None, None) if local else (rest.pop(0), rest.pop(0))
@@ -888,6 +920,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
     count = plan.part_chunks
+    skipped = skipped_ref[0][b, g, part] if local else 0
     last_chunk = (part + 1) * count - 1
 
     @pl.when(warpgroup == 2)
@@ -915,14 +948,14 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             for source, name in sources:
                 plgpu.copy_gmem_to_smem(source, s[name].at[slot], came)
 
-        _pipeline(count, stages, s["free"], issue)
+        _pipeline(count, stages, s["free"], issue, skipped)
 
     @pl.when(warpgroup == 0)
     def _walk() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
         def step(n: Any, dstate: jax.Array) -> jax.Array:
-            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            slot, copy = lax.rem(n - skipped, stages), lax.rem(n - skipped, copies)
             plgpu.barrier_wait(s["came"].at[slot])
             low = dstate.astype(plan.compute)
 
@@ -984,7 +1017,9 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             return dstate
 
         dfinal = _load_state(dfinal_ref.at[b, g, part, columns])
-        dfirst = lax.fori_loop(0, count, step, dfinal)
+        if local:
+            dfinal = dfinal * jnp.where(skipped == 0, 1.0, 0.0)
+        dfirst = lax.fori_loop(skipped, count, step, dfinal)
         dfirst_ref.at[b, g, part, columns][...] = dfirst
         plgpu.wait_smem_to_gmem(0)
 
@@ -993,7 +1028,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
         def step(n: Any, carry: None) -> None:
-            slot, copy = lax.rem(n, stages), lax.rem(n, copies)
+            slot, copy = lax.rem(n - skipped, stages), lax.rem(n - skipped, copies)
             plgpu.barrier_wait(s["came"].at[slot])
 
             def prepare() -> jax.Array:
@@ -1003,7 +1038,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             scores, decay = _dots(plan, (s["q"].at[slot], s["k"].at[slot].T), meanwhile=prepare)
             scores = scores * decay
 
-            @pl.when(n >= copies)
+            @pl.when(n - skipped >= copies)
             def _() -> None:
                 plgpu.barrier_wait(s["taken"].at[copy])
 
@@ -1013,9 +1048,8 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             plgpu.barrier_arrive(s["free"].at[slot])
             return carry
 
-        lax.fori_loop(0, count, step, None)
-        for n in range(max(count - copies, 0), count):
-            plgpu.barrier_wait(s["taken"].at[n % copies])
+        lax.fori_loop(skipped, count, step, None)
+        _wait_for_last(count, copies, s["taken"], skipped)
 
     _end_together(s["ended"])
 
@@ -1059,6 +1093,8 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "dq": tiled((1, CHUNK, width), plan.compute),
             "query_sums": plain(1, CHUNK),
             "state_sums": plain(1, CHUNK),
+            "end_sums": plain(1, CHUNK),
+            "leave_sums": plain(1, CHUNK),
             "dbeta": plain(1, CHUNK),
             "dlog": plain(1, CHUNK),
             "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 6 + 3 * plan.normed),
@@ -1399,12 +1435,14 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
                 at(leaving, i)[...] = columns.astype(plan.compute)
             # Eq. (26): what ends here or later, what leaves the chunk from an earlier token, and what passes.
             plgpu.barrier_wait(s["sums_handed"])
-            ends = ends - starts + _load(at("query_sums"), _ROWS)
+            at("end_sums")[...] = ends - starts + _load(at("query_sums"), _ROWS)
+            at("leave_sums")[...] = leaves
+            plgpu.commit_smem()
             row, column = _indices(s["key_gamma"].at[0])
-            crossing = jnp.where(row >= column, _down(ends), _down(leaves)) + _down(
-                _load(at("state_sums"), _ROWS)
+            of_ends, of_leaves, of_states = (
+                _across(_load(at(name), _COLUMNS)) for name in ("end_sums", "leave_sums", "state_sums")
             )
-            at("dlog")[...] = jnp.sum(crossing, axis=0)
+            at("dlog")[...] = jnp.sum(jnp.where(column >= row, of_ends, of_leaves) + of_states, axis=1)
             plgpu.barrier_arrive(s["sums_taken"])
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["chunk_free"])
