@@ -592,8 +592,8 @@ def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs
     """The states that enter the parts, or the cotangents of those that leave them (B, G, P, V, K), by eq. (17).
 
     Of each part it gets M, transposed, as the rows from `first_row` of an array, and the state that leaves it if zero
-    enters; or, backward, the cotangent of what enters it if that of what leaves it is zero, but in the last part is what
-    it is.
+    enters; or, backward, the cotangent of what enters it if that of what leaves it is zero (in the last part: is what
+    it is).
 
     Matrices are sums of two of bfloat16, of whose products only that of the small parts is left out: 16 bits.
     """
