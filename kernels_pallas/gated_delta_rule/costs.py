@@ -8,6 +8,8 @@ from kernels_pallas.gated_delta_rule.shapes import Shape
 # Of a device whose name has the word: bytes and floating-point operations a second, as a copy within its memory and a
 # bfloat16 matmul reached them on one H100 80GB.
 _RATES = {"H100": (3.02e12, 688e12)}
+# Launches of sequences in parts. What they move and multiply depends on how long a state lives.
+UNCOUNTED = ("gdn_summary", "gdn_firsts", "gdn_local_walk", "gdn_lasts")
 # Of q, k, v, o and what is saved of them; gates are float32.
 _HALF, _GATE = 2, 4
 
@@ -59,7 +61,9 @@ def launch_costs(shape: Shape) -> dict[str, Cost]:
     inverse, states = CHUNK * pairs, square * pairs // CHUNK
     return {
         "gdn_inverse": Cost(
-            _HALF * (keys + inverse) + 2 * _GATE * gates, 2 * pairs * CHUNK * (k + 10 * CHUNK)
+            # Beside k · kᵀ, products of 16 columns: of 64 rows of the diagonal blocks, of fewer above.
+            _HALF * (keys + inverse) + 3 * _GATE * gates,
+            2 * pairs * (CHUNK * k + 6 * 16 * CHUNK + 11 * 16**2),
         ),
         "gdn_forward": Cost(
             _HALF * (2 * keys + 2 * values + inverse + states) + 2 * _GATE * gates,

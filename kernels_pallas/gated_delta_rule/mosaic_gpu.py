@@ -165,7 +165,7 @@ def _launch(
     """Runs a kernel on programs of (batch, *grid).
 
     Args:
-        name: as `costs.launch_costs` has it.
+        name: as `costs` has it.
         body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
         grid: axes of the grid beside the batch.
         inputs: with the batch as their first axis.
@@ -327,7 +327,7 @@ def _ends(
     """
     batch, value_heads = maps.shape[:2]
     (ends,) = _launch(
-        "gdn_ends",
+        "gdn_lasts" if backward else "gdn_firsts",
         functools.partial(kernels.ends_body, plan, backward, first_row, given is not None),
         {"g": value_heads, "v": plan.slabs},
         [maps, local, *([] if given is None else [given])],
@@ -358,8 +358,8 @@ def backward(
     def call(*arrays: Array) -> list[Array]:
         return _backward(plan, *jax.tree.unflatten(tree, arrays))
 
-    *gradients, dinitial_state = folding_vmap(call, [0] * 6)(*arrays)
-    return *gradients, None if initial_state is None else dinitial_state
+    dq, dk, dv, dlog_decay, dbeta, dinitial_state = folding_vmap(call, [0] * 6)(*arrays)
+    return dq, dk, dv, dlog_decay, dbeta, None if initial_state is None else dinitial_state
 
 
 def _backward(
@@ -385,7 +385,7 @@ def _backward(
 
     def walk(lasts: Array, outputs: list[tuple[tuple[int, ...], Any]], *, local: bool) -> list[Array]:
         return _launch(
-            "gdn_walk",
+            "gdn_local_walk" if local else "gdn_walk",
             functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
             {"p": plan.parts, "g": value_heads, "v": plan.slabs},
             [
@@ -441,12 +441,13 @@ def _backward(
     def to_key_heads(dx: Array, x: Array, one_over: Array | None) -> Array:
         """Value heads of a key head add up; float32, so that their number does not matter."""
         dx = dx[:, :length, :, : q.shape[3]]
-        whole = one_over is None or blocks == 1
-        if plan.share == 1 and whole:
+        if blocks == 1:
+            # The kernel has done all of eq. (27).
+            one_over = None
+        if plan.share == 1 and one_over is None:
             return dx
         summed = jnp.sum(dx.reshape(*dx.shape[:2], key_heads, plan.share, -1).astype(jnp.float32), axis=3)
-        if not whole:
-            # Eq. (27).
+        if one_over is not None:
             long = x.astype(jnp.float32)
             along = jnp.sum(long * summed, axis=-1) * jnp.square(one_over.transpose(0, 2, 1))
             summed = summed - long * along[..., None]

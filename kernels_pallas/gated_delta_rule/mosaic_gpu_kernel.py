@@ -254,8 +254,8 @@ def _across(column_values: jax.Array) -> jax.Array:
 def _indices(gamma: Any) -> tuple[jax.Array, jax.Array]:
     """(row, column) of every entry of a tile.
 
-    Made anew from `gamma`, a chunk's in shared memory: what does not change from chunk to chunk, such as a mask, would
-    be kept in registers that are not there.
+    Made anew from `gamma` (or log₂ α), a chunk's in shared memory: what does not change from chunk to chunk, such as a
+    mask, would be kept in registers that are not there.
     """
     # γ is at most 0, which the compiler does not know.
     zero = jnp.where(gamma[0] > 1.0, 1, 0)
@@ -364,12 +364,15 @@ def inverse_body(
     s["gamma"][...] = gamma
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(s["gamma"], gamma_ref.at[b, g, tokens])
+
+    ends = gamma + jnp.log2(_load(s["root_rows"], _ROWS))
+    starts = _load(s["gamma"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+
     plgpu.barrier_wait(s["came"])
 
     def prepare() -> jax.Array:
-        # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used.
-        ends = gamma + jnp.log2(_load(s["root_rows"], _ROWS))
-        starts = _load(s["gamma"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+        # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used. New indices: a fifth program fits.
+        row, column = _indices(s["log"])
         return jnp.exp2(jnp.where(row > column, _down(ends) - _across(starts), -jnp.inf))
 
     # Eq. (24).
@@ -607,47 +610,54 @@ def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs
         high = x.astype(jnp.bfloat16)
         return high, (x - high.astype(_FLOAT)).astype(jnp.bfloat16)
 
-    def through(part: Any, state: jax.Array) -> jax.Array:
-        """What the part makes of the state beside what it adds."""
-        made = None if not backward else []
+    def rows(part: Any, start: int) -> None:
+        """Some rows of the transposed M of a part, to shared memory."""
+        whole = _load_state(maps_ref.at[b, g, part, pl.ds(first_row + start, CHUNK)])
+        s["high"][...], s["low"][...] = halves(whole)
+        plgpu.commit_smem()
+
+    def forward_through(part: Any, state: jax.Array) -> jax.Array:
+        made = _nothing_yet()
         for start in range(0, plan.key_dim, CHUNK):
-            s["high"][...], s["low"][...] = halves(
-                _load_state(maps_ref.at[b, g, part, pl.ds(first_row + start, CHUNK)])
-            )
-            plgpu.commit_smem()
-            if backward:
-                high, low = halves(state)
-                made += _sums(plan, (None, [(high, s["high"].T), (low, s["high"].T), (high, s["low"].T)]))
-            else:
-                high, low = halves(lax.slice(state, (0, start), (CHUNK, start + CHUNK)))
-                (made,) = _sums(plan, (made, [(high, s["high"]), (low, s["high"]), (high, s["low"])]))
-        return lax.concatenate(made, 1) if backward else made
+            rows(part, start)
+            high, low = halves(lax.slice(state, (0, start), (CHUNK, start + CHUNK)))
+            (made,) = _sums(plan, (made, [(high, s["high"]), (low, s["high"]), (high, s["low"])]))
+        return made
+
+    def backward_through(part: Any, cotangent: jax.Array) -> jax.Array:
+        made = []
+        for start in range(0, plan.key_dim, CHUNK):
+            rows(part, start)
+            high, low = halves(cotangent)
+            made += _sums(plan, (None, [(high, s["high"].T), (low, s["high"].T), (high, s["low"].T)]))
+        return lax.concatenate(made, 1)
 
     def local(part: Any) -> jax.Array:
         return _load_state(local_ref.at[b, g, part, columns])
 
-    last = plan.parts - 1
-    if backward:
-        ends_ref.at[b, g, last, columns][...] = _load_state(given_ref.at[b, g, columns])
-
-        def step(i: Any, cotangent: jax.Array) -> jax.Array:
-            part = last - 1 - i
-            ends_ref.at[b, g, part, columns][...] = cotangent
-            return local(part) + through(part, cotangent)
-
-        ends_ref.at[b, g, 0, columns][...] = lax.fori_loop(0, last - 1, step, local(last))
-        return
-
-    def step(part: Any, state: jax.Array) -> jax.Array:
+    def put(part: Any, state: Any) -> None:
         ends_ref.at[b, g, part, columns][...] = state
-        return local(part) + through(part, state)
 
-    if given_ref is None:
-        ends_ref.at[b, g, 0, columns][...] = _zeros(plan.key_dim)
-        begin, first = 1, local(0)
+    last = plan.parts - 1
+
+    def forward_step(part: Any, state: jax.Array) -> jax.Array:
+        put(part, state)
+        return local(part) + forward_through(part, state)
+
+    def backward_step(i: Any, cotangent: jax.Array) -> jax.Array:
+        part = last - 1 - i
+        put(part, cotangent)
+        return local(part) + backward_through(part, cotangent)
+
+    given = None if given_ref is None else _load_state(given_ref.at[b, g, columns])
+    if backward:
+        put(last, given)
+        put(0, lax.fori_loop(0, last - 1, backward_step, local(last)))
+    elif given is None:
+        put(0, _zeros(plan.key_dim))
+        put(last, lax.fori_loop(1, last, forward_step, local(0)))
     else:
-        begin, first = 0, _load_state(given_ref.at[b, g, columns])
-    ends_ref.at[b, g, last, columns][...] = lax.fori_loop(begin, last, step, first)
+        put(last, lax.fori_loop(0, last, forward_step, given))
 
 
 class Depths(NamedTuple):
@@ -1283,7 +1293,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             row, column = _indices(s["query_gamma"].at[0])
             gamma, root = _load(at("query_gamma"), _ROWS), _load(at("query_root"), _ROWS)
-            scale = _load(at("query_scale"), _ROWS) if plan.normed else plan.scale
+            scale: Any = _load(at("query_scale"), _ROWS) if plan.normed else plan.scale
             key_root = _load(at("query_key_root"), _ROWS) if plan.normed else root
             # Eq. (25).
             diagonal = jnp.sum(jnp.where(row == column, dpairs, 0.0), axis=1)
