@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from train.report import analyse, read_rows, table, write_report
-from train.report_figure import width_colours
+from train.report_analysis import curves
+from train.report_figure import seed_range, width_colours
 
 WIDTHS = (64, 128, 256)
 BASE_OPTIMUM = -7.3
@@ -262,6 +263,32 @@ def test_figure_of_any_number_of_presets(tmp_path, presets):
 def test_figure_of_runs_that_all_diverged(tmp_path):
     report = write_report(ledger(tmp_path / "x", basin("sp", 0.0, diverged_above=-20, seeds=2)))
     assert report["runs_diverged"] == report["runs"] == 78
+
+
+def test_legend_of_every_mark_fits_into_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("train.report_figure.save", lambda figure, path: drawn.append(figure))
+    # Four widths, optima fitted and not reached, points off the scale, ranges of seeds.
+    widths = (128, 256, 512, 1024)
+    rows = basin("mup", 0.0, widths=widths, seeds=2) + basin(
+        "sp", -3.0, widths=widths, grid=(-9, -5), seeds=2
+    )
+    write_report(ledger(tmp_path / "x", rows))
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 8
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_a_lone_seed_has_no_range():
+    rows = basin("mup", 0.0, grid=(-10, -6), seeds=3, noise=0.01)
+    ends = {min(row["learning_rate"] for row in rows), max(row["learning_rate"] for row in rows)}
+    rows = [row for row in rows if row["seed"] == 0 or row["learning_rate"] not in ends]
+    below, above = seed_range(curves(rows)["mup"][64])
+    assert np.isnan(below[[0, -1]]).all()
+    assert np.isnan(above[[0, -1]]).all()
+    assert (below[1:-1] >= 0).all()
+    assert (above[1:-1] > 0).any()
 
 
 def test_width_colours_darken_with_width_so_that_grey_keeps_them_apart():

@@ -158,6 +158,21 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
         save(figure, path)
 
 
+def seed_range(curve: Curve) -> np.ndarray:
+    """How far the seeds reach below and above each point `[2, points]`; NaN, which draws nothing, where there is one.
+
+    A point is a mean with the seeds' effects taken out: a lone seed does not lie on it, and is no range.
+    """
+    losses = [list(by_seed.values()) for by_seed in curve.by_seed]
+    below = [
+        loss - min(own) if len(own) > 1 else np.nan for loss, own in zip(curve.loss, losses, strict=True)
+    ]
+    above = [
+        max(own) - loss if len(own) > 1 else np.nan for loss, own in zip(curve.loss, losses, strict=True)
+    ]
+    return np.maximum(np.array([below, above]), 0.0)
+
+
 def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -> bool:
     """Draw one curve up to `top`; true if some of it lies above."""
     colour, (marker, size) = style
@@ -165,12 +180,10 @@ def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -
         return False
     artists: list[Artist] = []
     if several:
-        spread = np.array([[min(losses.values()), max(losses.values())] for losses in curve.by_seed])
-        around = np.abs(spread.T - curve.loss)
         bars = panel.errorbar(
             curve.log2_x,
             curve.loss,
-            around,
+            seed_range(curve),
             fmt="none",
             ecolor=colour,
             elinewidth=1.0,
@@ -318,14 +331,20 @@ def _header(
         handles.append(Line2D([], [], marker="$\\uparrow$", ms=8, mew=0.3, label="off the scale", **dark))
     if len(report["seeds"]) > 1:
         handles.append(Line2D([], [], marker="|", ms=9, mew=1, label="range of the seeds", **dark))
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.005, 1 - 0.33 / height),
-        ncols=len(handles),
-        fontsize=9.5,
-        handletextpad=0.35,
-        columnspacing=1.1,
-        handlelength=1.6,
-        borderaxespad=0.2,
-    )
+    sizes = (9.5, 9.0, 8.5, 8.0, 7.5)
+    for size in sizes:
+        legend = figure.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0.005, 1 - 0.33 / height),
+            ncols=len(handles),
+            fontsize=size,
+            handletextpad=0.35,
+            columnspacing=1.1,
+            handlelength=1.6,
+            borderaxespad=0.2,
+        )
+        # With every mark in it, it is wider than the picture.
+        if size == sizes[-1] or legend.get_window_extent().x1 <= figure.bbox.x1:
+            break
+        legend.remove()
