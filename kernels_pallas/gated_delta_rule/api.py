@@ -54,7 +54,8 @@ def gated_delta_rule(
 
     Composes with jit, grad, vmap, jax.checkpoint and shard_map: over batch and heads as it is, over time by
     `sequence_axis`. Computes in float32 (float64 if q, k or v is); the gradient saves its inputs and one state
-    per chunk (bfloat16 where v is; named "gated_delta_rule_states" for checkpoint policies) and recomputes the rest.
+    per chunk (bfloat16 where v is, on Hopper GPUs in the dtype of v; named "gated_delta_rule_states" for checkpoint
+    policies) and recomputes the rest.
 
     Args:
         q: queries. G must be a multiple of H; key head h serves the value heads h·G/H … (h+1)·G/H − 1.
@@ -73,7 +74,7 @@ def gated_delta_rule(
             in the order of the axis. `initial_state` and the final state are then the same on every device.
         inverse_precision: matmul precision of the triangular inverse; None is full float32, but in the TPU kernels
             one bfloat16 pass for bfloat16 inputs. The GPU kernels have float16 passes and refuse any other.
-        implementation: "chunked", "reference", "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs, bfloat16), or
+        implementation: "chunked", "reference", "mosaic_tpu" (TPUs), "mosaic_gpu" (Hopper GPUs, bfloat16 or float16), or
             None for the best that can.
 
     Returns:
