@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.gated_delta_rule import mosaic_gpu, mosaic_tpu, tiling
+from kernels_pallas.gated_delta_rule import mosaic_gpu, mosaic_gpu_layout, mosaic_tpu, tiling
 from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
 from kernels_pallas.gated_delta_rule.reference import reference, segment_masks
 from kernels_pallas.gated_delta_rule.sequence import last_id_before, split_run
@@ -249,7 +249,7 @@ def _gpu_kernels(
 
 def _gpu_core(options: Options, operands: Operands, valid: Array | None, reset: Array | None) -> _KernelCore:
     """What the kernels take; norms that they do themselves are left to them."""
-    inside = options.qk_norm_eps is not None and mosaic_gpu.norms_inside(operands.q)
+    inside = options.qk_norm_eps is not None and mosaic_gpu_layout.norms_inside(operands.q)
     if inside:
         options = options._replace(qk_norm_eps=None)
     return _kernel_core(options, operands, valid, reset, prepare=True)
@@ -260,7 +260,7 @@ def _gpu_run(
 ) -> tuple[tuple[Array, Array], Any]:
     assert options.scale is not None
     core = _gpu_core(options, operands, valid, reset)
-    lengths = mosaic_gpu.inverse_lengths(core.q, core.k, options.qk_norm_eps)
+    lengths = mosaic_gpu_layout.inverse_lengths(core.q, core.k, options.qk_norm_eps)
     plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale, normed=lengths is not None)
     o, final_state, saved = mosaic_gpu.forward(
         plan, *core[:-1], core.initial_state, lengths, save_states=save_states

@@ -1,12 +1,7 @@
-"""The Hopper kernels' adapter: what they can do, how the work is laid out, and their launches.
-
-q, k, v, o and their gradients stay (B, T, heads, dim): the copy engine picks one head's tokens out of that. The
-gates, small arrays, are laid out anew with time last, (B, G, T).
-"""
+"""The Hopper kernels' adapter: what they can do, and their launches."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel as kernels
+from kernels_pallas.gated_delta_rule import mosaic_gpu_layout as layout
 from kernels_pallas.gated_delta_rule import tiling
 from kernels_pallas.gated_delta_rule.batching import folding_vmap
 from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, Plan
@@ -26,14 +22,6 @@ _DIMS = (64, 128, 256)
 MAX_DIM = _DIMS[-1]
 # In the names of the devices that have the tensor cores and the copy engine of compute capability 9.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_LOG2_E = math.log2(math.e)
-# 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
-_FORGET_LOG2 = -160.0
-# β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
-# number, and less than this writes nothing that bfloat16 could hold.
-_LEAST_BETA = 2.0**-24
-
-
 def refusal(q: Array, k: Array, v: Array, inverse_precision: Any) -> str | None:
     """Why the kernels cannot take these operands, or None. Shapes, dtypes and the precision asked for decide."""
     if inverse_precision is not None:
@@ -66,35 +54,6 @@ def _native(dim: int) -> int:
     return next(native for native in _DIMS if dim <= native)
 
 
-class Lengths(NamedTuple):
-    """One over the lengths of q and k, which the kernels then divide by: (B, H, T) float32."""
-
-    q: Array
-    k: Array
-
-
-def norms_inside(q: Array) -> bool:
-    """Whether the kernels divide q and k by their lengths themselves.
-
-    Not in float16: what eq. (27) has in place of V' is as large as keys are short, and would overflow.
-    """
-    return q.dtype == jnp.bfloat16
-
-
-def inverse_lengths(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], eps: float | None
-) -> Lengths | None:
-    """What the kernels need for the norms of q and k; None where they do not do them."""
-    if eps is None or not norms_inside(q):
-        return None
-
-    def one_over(x: Array) -> Array:
-        squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
-        return jax.lax.rsqrt(squares + eps).transpose(0, 2, 1)
-
-    return Lengths(one_over(q), one_over(k))
-
-
 def make_plan(q: Array, v: Array, *, scale: float, normed: bool) -> Plan:
     """How the work is cut; the operands must have passed `refusal`."""
     return Plan(
@@ -107,49 +66,6 @@ def make_plan(q: Array, v: Array, *, scale: float, normed: bool) -> Plan:
         compute=jnp.dtype(q.dtype),
         interpreted=interpreted(),
     )
-
-
-def _whole(plan: Plan, x: Array, dim: int) -> Array:
-    """(B, T, heads, ·) with zeros up to whole chunks and `dim`; nothing moves where nothing is missing."""
-    return jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, dim - x.shape[3])))
-
-
-def _gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -> tuple[Array, list[Array]]:
-    """(B, T, G) each → log₂ α, and √β, both (B, G, T) float32.
-
-    With `lengths` also √β over the length of k, and the scale over that of q, (B, G, T).
-    """
-    missing = plan.length - log_decay.shape[1]
-    filling = ((0, 0), (0, missing), (0, 0))
-    log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
-    root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
-    log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
-    if lengths is None:
-        return log2, [root]
-    q, k = (
-        jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
-        for x in lengths
-    )
-    return log2, [root, root * k, plan.scale * q]
-
-
-def _skipped(plan: Plan, log2: Array, *, backward: bool) -> Array:
-    """How many of the first chunks of each part leave nothing where it ends, (B, G, P) int32.
-
-    Backward, of the last chunks: how many ask nothing of the state that enters the part. In between a state loses all:
-    with keys of length 1 and β to 2 it grows by nothing, and 2 to `_FORGET_LOG2` of it is 0 in float32.
-    """
-    totals = jnp.sum(log2.reshape(*log2.shape[:2], plan.parts, 1, plan.part_chunks, CHUNK), axis=-1)
-    between = jnp.tri(plan.part_chunks, k=-1, dtype=jnp.bool_)
-    between = between if backward else between.T
-    decays = jnp.sum(jnp.where(between[None, None, None], totals, 0.0), axis=-1)
-    return jnp.sum((decays <= _FORGET_LOG2).astype(jnp.int32), axis=-1)
-
-
-def _turned(plan: Plan, state: Array) -> Array:
-    """(B, G, K, V) → (B, G, V, K), with zeros up to the kernels' sizes."""
-    padding = ((0, 0), (0, 0), (0, plan.key_dim - state.shape[2]), (0, plan.value_dim - state.shape[3]))
-    return jnp.pad(state.astype(jnp.float32), padding).swapaxes(2, 3)
 
 
 def _launch(
@@ -220,7 +136,7 @@ def forward(
     log_decay: Float[Array, "B T G"],
     beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
-    lengths: Lengths | None,
+    lengths: layout.Lengths | None,
     *,
     save_states: bool,
 ) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], Saved | None]:
@@ -247,15 +163,15 @@ def _forward(
     log_decay: Array,
     beta: Array,
     initial_state: Array | None,
-    lengths: Lengths | None,
+    lengths: layout.Lengths | None,
     *,
     save_states: bool,
 ) -> list[Array]:
     batch, value_heads = v.shape[0], v.shape[2]
     plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
-    log2, factors = _gates(plan, log_decay, beta, lengths)
-    whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
-    whole_v = _whole(plan, v, plan.value_dim)
+    log2, factors = layout.gates(plan, log_decay, beta, lengths)
+    whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
+    whole_v = layout.whole(plan, v, plan.value_dim)
     inverse, gamma = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
@@ -269,7 +185,7 @@ def _forward(
         warpgroups=1,
     )
     gates = [gamma, *factors]
-    first = None if initial_state is None else _turned(plan, initial_state)
+    first = None if initial_state is None else layout.turned(plan, initial_state)
     maps = None
     if plan.parts > 1:
         stages, scratch = kernels.summary_scratch(plan)
@@ -277,7 +193,7 @@ def _forward(
             "gdn_summary",
             functools.partial(kernels.summary_body, plan, stages),
             {"p": plan.parts, "g": value_heads, "v": plan.summary_columns // (2 * CHUNK)},
-            [whole_k, whole_v, inverse, _skipped(plan, log2, backward=False), *gates],
+            [whole_k, whole_v, inverse, layout.skipped(plan, log2, backward=False), *gates],
             [((batch, value_heads, plan.parts, plan.summary_columns, plan.key_dim), jnp.float32)],
             scratch,
             warpgroups=3,
@@ -346,7 +262,7 @@ def backward(
     log_decay: Float[Array, "B T G"],
     beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
-    lengths: Lengths | None,
+    lengths: layout.Lengths | None,
     saved: Saved,
     do: Float[Array, "B T G V"],
     dfinal_state: Float[Array, "B G K V"],
@@ -369,17 +285,17 @@ def _backward(
     v: Array,
     log_decay: Array,
     beta: Array,
-    lengths: Lengths | None,
+    lengths: layout.Lengths | None,
     saved: Saved,
     do: Array,
     dfinal_state: Array,
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
     plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
-    log2, factors = _gates(plan, log_decay, beta, lengths)
+    log2, factors = layout.gates(plan, log_decay, beta, lengths)
     gates = [saved.gamma, *factors]
-    whole_q, whole_k = (_whole(plan, x, plan.key_dim) for x in (q, k))
-    whole_v, whole_do = (_whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
+    whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
+    whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
     stages, copies, scratch = kernels.walk_scratch(plan)
 
@@ -389,7 +305,7 @@ def _backward(
             functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
             {"p": plan.parts, "g": value_heads, "v": plan.slabs},
             [
-                *([_skipped(plan, log2, backward=True)] if local else []),
+                *([layout.skipped(plan, log2, backward=True)] if local else []),
                 whole_q,
                 whole_k,
                 whole_do,
@@ -402,7 +318,7 @@ def _backward(
             warpgroups=3,
         )
 
-    last = _turned(plan, dfinal_state)
+    last = layout.turned(plan, dfinal_state)
     lasts = last[:, :, None]
     if plan.parts > 1:
         assert saved.maps is not None
