@@ -22,6 +22,8 @@ _DIMS = (64, 128, 256)
 MAX_DIM = _DIMS[-1]
 # In the names of the devices that have the tensor cores and the copy engine of compute capability 9.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
 def refusal(q: Array, k: Array, v: Array, inverse_precision: Any) -> str | None:
     """Why the kernels cannot take these operands, or None. Shapes, dtypes and the precision asked for decide."""
     if inverse_precision is not None:
