@@ -177,7 +177,7 @@ def test_too_few_points_near_the_best_are_no_optimum():
     assert coarse["edge_minima"] == []
     diverged = analyse(basin("mup", 0.0, diverged_above=-6.8))["presets"]["mup"]
     assert diverged["optimum_log2_x"]["64"] is None
-    assert "not counting 1 that diverged" in diverged["reason"]["64"]
+    assert "not counting 1 that diverged or blew up" in diverged["reason"]["64"]
     assert diverged["diverged_log2_x"]["64"][0] == -6.5
     at_the_brink = analyse(basin("mup", 0.0, diverged_above=-7.4))["presets"]["mup"]
     assert at_the_brink["edge_minima"] == [64, 128, 256]
@@ -205,6 +205,21 @@ def test_all_diverged_and_a_concave_curve_are_no_optimum():
     preset = analyse(rows)["presets"]["mup"]
     assert preset["edge_minima"] == [64]
     assert "no minimum among its points" in preset["reason"]["64"]
+
+
+def test_a_run_that_blew_up_is_not_fitted():
+    """It ended in a number, which would pull the quadratic under all that ran."""
+    losses = [3.91, 3.85, 3.81, 3.85, 5.37]
+    rows = [row(learning_rate=2.0 ** (-8 + i / 2), val_loss=loss) for i, loss in enumerate(losses)]
+    preset = analyse(rows)["presets"]["mup"]
+    assert preset["optimum_log2_x"]["64"] is None
+    assert "1 above (not counting 1 that diverged or blew up)" in preset["reason"]["64"]
+    assert preset["edge_minima"] == []
+    # On a finer grid the others are enough, and a run that merely ends higher is fitted.
+    rows.append(row(learning_rate=2.0**-6.75, val_loss=3.82))
+    assert analyse(rows)["presets"]["mup"]["optimum_log2_x"]["64"] == pytest.approx(-7.0, abs=0.05)
+    rows[-2] = row(learning_rate=2.0**-6, val_loss=4.0)
+    assert analyse(rows)["presets"]["mup"]["fit_rms_nats"]["64"] < 0.02
 
 
 def test_regret_of_a_diverged_run_is_said_and_a_missing_run_is_not_made_up():

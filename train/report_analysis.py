@@ -5,7 +5,8 @@
 - **LR*(n)**: the minimum of a quadratic in log2 of the learning rate, fitted to the seed means of the points
   within an octave of the best one. It takes at least 5 points, 2 of them on each side. Where the minimum is
   not bracketed there is no optimum: null and a reason, never a number.
-- A learning rate at which **any** seed diverged counts as diverged.
+- A learning rate at which **any** seed diverged counts as diverged. One above the best that ends half a nat worse
+  has blown up, too: it is drawn, and not fitted.
 - **Drift**: least-squares slope of log2 LR* against log2 width (octaves per doubling), over all swept widths
   or not at all.
 - **Regret**: loss of the run at the widest width whose learning rate is nearest to LR*(base), and at most
@@ -33,6 +34,9 @@ MIN_SEEDS = 5
 OCTAVE = 1.05
 # The grid's step: what a sweep can tell apart, and how near a run must be to stand for a learning rate.
 RESOLUTION = 0.5
+# Nats above the best run. Within an octave of it losses differ by 0.05 to 0.3 nats; a run that blew up and ended in a
+# number pulls the quadratic, and with it the regret, as far below all that ran as a fifth of a nat.
+BLOWN_UP = 0.5
 # Widths up to here are too narrow for the limit that the theory describes: no proxy is named among them.
 NOT_ASYMPTOTIC = 64
 RESAMPLES = 10_000
@@ -171,14 +175,16 @@ def find_optimum(curve: Curve) -> Optimum:
         end, beyond, side = ("lowest", "below", -1) if best == 0 else ("highest", "above", 1)
         reason = f"the best {curve.what}, {place}, is the {end} that was run: extend the grid {beyond} it"
         return Optimum(reason=reason, edge=True, side=side)
-    window = tuple(int(i) for i in np.flatnonzero(np.abs(x - x[best]) <= OCTAVE))
+    near = np.abs(x - x[best]) <= OCTAVE
+    blown_up = near & (x > x[best]) & (loss > loss[best] + BLOWN_UP)
+    window = tuple(int(i) for i in np.flatnonzero(near & ~blown_up))
     below, above = best - window[0], window[-1] - best
     if len(window) < MIN_POINTS or min(below, above) < MIN_SIDE:
-        lost = sum(abs(d - x[best]) <= OCTAVE for d in curve.diverged)
+        lost = sum(abs(d - x[best]) <= OCTAVE for d in curve.diverged) + int(np.sum(blown_up))
         reason = (
             f"within an octave of the best {curve.what}, {place}, there are {below} below it and {above} "
-            f"above{f' (not counting {lost} that diverged)' if lost else ''}; a fit takes {MIN_SIDE} on each "
-            f"side, {MIN_POINTS} in all: {'use a finer grid' if lost else 'add half-octave ones'} there"
+            f"above{f' (not counting {lost} that diverged or blew up)' if lost else ''}; a fit takes {MIN_SIDE} on "
+            f"each side, {MIN_POINTS} in all: {'use a finer grid' if lost else 'add half-octave ones'} there"
         )
         return Optimum(reason=reason, window=window)
     fitted = x[list(window)]
