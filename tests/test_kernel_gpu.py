@@ -206,9 +206,11 @@ def test_a_planted_race_is_found(monkeypatch, capfd):
     assert "RACE DETECTED" in found.upper()
 
 
-def test_composes_with_vmap_and_shard_map():
+@pytest.mark.parametrize(("length", "parts"), [(40, 1), (128, 2)])
+def test_composes_with_vmap_and_shard_map(length, parts, monkeypatch):
     """A batch of calls inside a shard_map, its checks on, equals one call of all sequences."""
-    x = rounded((2, 40, 1, 1, 64, 64), "bfloat16", seed=7)
+    monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: parts)
+    x = rounded((2, length, 1, 1, 64, 64), "bfloat16", seed=7)
 
     def one(x):
         return jax.tree.map(

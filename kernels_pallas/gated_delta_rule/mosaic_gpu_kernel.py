@@ -235,6 +235,11 @@ def _load_state(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=_TILE, optimized=False) * 1.0
 
 
+def _load_count(ref: Any) -> jax.Array:
+    """A number from device memory, as `_load_state` loads a state."""
+    return ref[...] * 1
+
+
 def _gate_refs(plan: Plan, refs: list[Any]) -> tuple[Any, Any, Any, Any]:
     """γ, √β, √β over the length of k, and the scale over that of q, taken from the front; the last two if there are."""
     gamma, root = refs.pop(0), refs.pop(0)
@@ -512,7 +517,7 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
     count, first_chunk = plan.part_chunks, part * plan.part_chunks
-    skipped = skipped_ref[b, g, part]
+    skipped = _load_count(skipped_ref.at[b, g, part])
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
@@ -930,7 +935,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
     count = plan.part_chunks
-    skipped = skipped_ref[0][b, g, part] if local else 0
+    skipped = _load_count(skipped_ref[0].at[b, g, part]) if local else 0
     last_chunk = (part + 1) * count - 1
 
     @pl.when(warpgroup == 2)
