@@ -31,7 +31,7 @@ from kernels_pallas.gated_delta_rule.costs import UNCOUNTED, Cost, launch_costs,
 from kernels_pallas.gated_delta_rule.implementations import IMPLEMENTATIONS
 from kernels_pallas.gated_delta_rule.shapes import SHAPES, Shape
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _MODES = ("forward", "both")
 _TRANSFORMERS = "transformers (torch)"
 # On an accelerator one call takes less than its launch from Python: so many in a row.

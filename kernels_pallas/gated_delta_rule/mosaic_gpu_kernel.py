@@ -3,7 +3,8 @@
 README.md derives the algorithm; comments cite its equation numbers. `inverse_body` (one chunk a program) makes T of
 every chunk. `forward_body` walks the chunks with the state in registers. `backward_walk_body` walks them from the last
 to the first with the cotangent of the state in registers and makes dv. `gradients_body` (some chunks a program) makes
-the rest from the states and their cotangents.
+the rest from the states and their cotangents. Where a sequence is cut into parts, `summary_body` finds what they do to
+a state, `backward_walk_body` what they do to a cotangent, and `ends_body` puts that together.
 
 States are kept transposed, (V, K): a warpgroup's matmul takes its left operand from registers and its right one
 from shared memory, so the walk never waits for its own state to get there. 64 columns of V fill the 64 rows of a
