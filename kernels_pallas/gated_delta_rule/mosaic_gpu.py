@@ -222,11 +222,11 @@ def _forward(
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
     saved = [gamma, states[0], inverse] if save_states else []
     if save_states and most_parts > 1:
-        shape = (batch, value_heads, most_parts - plan.parts, plan.key_dim, plan.key_dim)
         if maps is None:
-            shape = (batch, value_heads, most_parts, plan.key_dim, plan.key_dim)
             maps = jnp.zeros((batch, value_heads, 0, plan.key_dim, plan.key_dim), jnp.float32)
-        saved.append(jnp.concatenate([maps, jnp.zeros(shape, jnp.float32)], axis=2))
+        # Not read.
+        filling = most_parts - maps.shape[2]
+        saved.append(jnp.pad(maps, ((0, 0), (0, 0), (0, filling), (0, 0), (0, 0))))
     return [o, final, *saved]
 
 

@@ -292,12 +292,8 @@ def _pipeline(
 
     It begins at item `skipped`, in slot 0.
     """
-    if isinstance(skipped, int) and skipped == 0:
-        for n in range(min(stages, count)):
-            issue(n, n)
-    else:
-        for n in range(min(stages, count)):
-            pl.when(skipped + n < count)(functools.partial(issue, skipped + n, n))
+    for n in range(min(stages, count)):
+        pl.when(skipped + n < count)(functools.partial(issue, skipped + n, n))
 
     @pl.loop(stages, count - skipped)
     def _refill(n: Any) -> None:
@@ -480,6 +476,40 @@ def _most_stages(most: int, scratch: Callable[[int], dict[str, Any]]) -> tuple[i
     return 1, scratch(1)
 
 
+def _missing(
+    plan: Plan,
+    state: Any,
+    k: Any,
+    v: Any,
+    gates: tuple[Any, Any, Any],
+    meanwhile: Callable[[], None] = lambda: None,
+    has_values: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """√β (V − e^γ K S) of eq. (24), transposed, in the compute dtype; γ; and the root that V' has.
+
+    Args:
+        plan: of the launch.
+        state: S in the compute dtype, (columns of V, K), in registers or shared memory.
+        k: keys of the chunk, in shared memory as all that follows.
+        v: its values, (C, columns of V).
+        gates: γ, √β and, with norms, that over the length of k.
+        meanwhile: what is to be done besides while the tensor cores work.
+        has_values: a number that v is multiplied by; None is 1.
+    """
+    gamma_ref, root_ref, key_root_ref = gates
+
+    def prepare() -> tuple[jax.Array, ...]:
+        meanwhile()
+        gamma, root = _load(gamma_ref, _COLUMNS), _load(root_ref, _COLUMNS)
+        offered = _load(v.T).astype(_FLOAT) * _across(root if has_values is None else root * has_values)
+        if key_root_ref is not None:
+            root = _load(key_root_ref, _COLUMNS)
+        return offered, root * jnp.exp2(gamma), gamma, root
+
+    recalled, (offered, taking, gamma, root) = _dots(plan, (state, k.T), meanwhile=prepare)
+    return (offered - recalled * _across(taking)).astype(plan.compute), gamma, root
+
+
 def summary_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
     """(stages, shared memory) of `summary_body`."""
 
@@ -563,18 +593,14 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
                 plgpu.commit_smem()
                 low = s["state"].at[warpgroup]
 
-            def prepare() -> tuple[jax.Array, ...]:
-                gamma = _load(s["gamma"].at[slot], _COLUMNS)
-                root = _load(s["root"].at[slot], _COLUMNS)
-                offered = _load(s["v"].at[slot, warpgroup].T).astype(_FLOAT) * _across(root * has_values)
-                if plan.normed:
-                    root = _load(s["key_root"].at[slot], _COLUMNS)
-                return offered, root * jnp.exp2(gamma), gamma, root
-
-            recalled, (offered, taking, gamma, root) = _dots(
-                plan, (low, s["k"].at[slot].T), meanwhile=prepare
+            missing, gamma, root = _missing(
+                plan,
+                low,
+                s["k"].at[slot],
+                s["v"].at[slot, warpgroup],
+                (s["gamma"].at[slot], s["root"].at[slot], s["key_root"].at[slot] if plan.normed else None),
+                has_values=has_values,
             )
-            missing = (offered - recalled * _across(taking)).astype(plan.compute)
 
             def fade() -> tuple[jax.Array, ...]:
                 last = s["gamma"][slot, CHUNK - 1]
@@ -800,20 +826,18 @@ def forward_body(
                 plgpu.commit_smem()
                 low = s["state"].at[copy]
 
-            def prepare() -> tuple[jax.Array, ...]:
-                if not plan.wide:
-                    keep()
-                gamma = _load(s["state_gamma"].at[slot], _COLUMNS)
-                root = _load(s["state_root"].at[slot], _COLUMNS)
-                offered = _load(s["v"].at[slot].T).astype(_FLOAT) * _across(root)
-                if plan.normed:
-                    root = _load(s["state_key_root"].at[slot], _COLUMNS)
-                return offered, root * jnp.exp2(gamma), gamma, root
-
-            recalled, (offered, taking, gamma, root) = _dots(
-                plan, (low, s["k"].at[slot].T), meanwhile=prepare
+            missing, gamma, root = _missing(
+                plan,
+                low,
+                s["k"].at[slot],
+                s["v"].at[slot],
+                (
+                    s["state_gamma"].at[slot],
+                    s["state_root"].at[slot],
+                    s["state_key_root"].at[slot] if plan.normed else None,
+                ),
+                (lambda: None) if plan.wide else keep,
             )
-            missing = (offered - recalled * _across(taking)).astype(plan.compute)
 
             def fade() -> tuple[jax.Array, ...]:
                 last = s["state_gamma"][slot, CHUNK - 1]
