@@ -135,16 +135,35 @@ def test_sequences_in_parts(shape, options, has_state, monkeypatch):
     check(functools.partial(KERNEL, **options), functools.partial(REFERENCE, **options), x)
 
 
-@pytest.mark.parametrize("shape", [(1, 256, 1, 1, 64, 64), (1, 256, 1, 1, 128, 128)])
-@pytest.mark.parametrize("forgets", ["all", "first", "last"])
-def test_parts_skip_what_is_forgotten(shape, forgets, monkeypatch):
-    """Two parts of two chunks, in which a state is forgotten: in every chunk, in the first or in the last of a part."""
+@pytest.mark.parametrize(
+    ("shape", "pieces", "forgets", "has_state"),
+    [
+        ((1, 256, 1, 1, 64, 64), 1, (0, 1, 2, 3), True),
+        ((1, 256, 1, 1, 64, 64), 1, (0, 2), True),
+        ((1, 256, 1, 1, 128, 128), 1, (1, 3), True),
+        ((1, 256, 1, 1, 64, 64), 2, (), True),
+        ((1, 256, 1, 1, 64, 128), 2, (), False),
+        ((1, 256, 1, 1, 128, 64), 2, (0, 2), False),
+        ((1, 256, 1, 1, 64, 64), 2, (1, 3), True),
+        ((1, 256, 1, 1, 256, 64), 2, (), True),
+        ((1, 512, 1, 1, 64, 64), 2, (1, 6), True),
+    ],
+)
+def test_parts_skip_what_is_forgotten(shape, pieces, forgets, has_state, monkeypatch):
+    """Two parts, whole or in pieces, in which a state is forgotten in some chunks. What nobody asks for is NaN."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2)
+    monkeypatch.setattr(tiling, "gpu_pieces", lambda chunks: pieces)
     x = rounded(shape, "bfloat16", seed=8)
-    chunks = {"all": (0, 1, 2, 3), "first": (0, 2), "last": (1, 3)}[forgets]
-    for chunk in chunks:
+    x["log_decay"] = x["log_decay"] * 0.1
+    for chunk in forgets:
         x["log_decay"] = x["log_decay"].at[:, chunk * 64 + 13].set(-1e3)
+    if not has_state:
+        del x["initial_state"]
     check(KERNEL, REFERENCE, x)
+
+
+def test_pieces_are_of_equal_length_and_not_short():
+    assert [tiling.gpu_pieces(chunks) for chunks in (1, 8, 15, 16, 24, 32, 64, 256)] == [1, 1, 1, 2, 3, 4, 4, 4]
 
 
 def test_parts_under_vmap(monkeypatch):
@@ -173,7 +192,7 @@ def test_parts_under_vmap(monkeypatch):
         (1024, 32, 4),
         (64, 128, 1),
         (64, 32, 4),
-        (128, 64, 1),
+        (128, 64, 2),
         (8, 2, 1),
         (256, 12, 8),
         (157, 2, 1),

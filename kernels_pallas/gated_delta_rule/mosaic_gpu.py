@@ -80,13 +80,13 @@ def _launch(
     *,
     warpgroups: int,
 ) -> list[Array]:
-    """Runs a kernel on programs of (batch, *grid).
+    """Runs a kernel on programs of `grid`.
 
     Args:
         name: as `costs` has it.
         body: of the kernel; it gets references to the inputs, the outputs and, by name, the scratch.
-        grid: axes of the grid beside the batch.
-        inputs: with the batch as their first axis.
+        grid: sizes of its axes, by name; programs start in this order, the last axis being the fastest.
+        inputs: arrays.
         outputs: shape and dtype.
         scratch: shared memory and barriers.
         warpgroups: of a program.
@@ -95,8 +95,8 @@ def _launch(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
         scratch_types=scratch,
-        grid=(inputs[0].shape[0], *grid.values()),
-        grid_names=("b", *grid),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="warpgroup",
         # As a profiler shows it.
@@ -110,8 +110,11 @@ def _launch(
     return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*inputs)]
 
 
-def _parts(plan: Plan, batch: int, value_heads: int) -> int:
-    return tiling.gpu_parts(plan.chunks, batch * value_heads * plan.slabs)
+def _cut(plan: Plan, batch: int, value_heads: int) -> Plan:
+    """The plan with parts and their pieces, for so many sequences."""
+    parts = tiling.gpu_parts(plan.chunks, batch * value_heads * plan.slabs)
+    pieces = tiling.gpu_pieces(plan.chunks // parts) if parts > 1 else 1
+    return dataclasses.replace(plan, parts=parts, pieces=pieces)
 
 
 class Saved(NamedTuple):
@@ -121,7 +124,8 @@ class Saved(NamedTuple):
         gamma: γ, (B, G, T) float32.
         states: that enter the chunks, (B, G, N, V, K) in the dtype of q.
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
-        maps: transposed M of each part, (B, G, P, K, K) float32; None where sequences are not cut.
+        maps: transposed M of each piece, (B, G, P · pieces, 2, K, K) bfloat16, that add up; None where sequences are
+            not cut.
     """
 
     gamma: Array
@@ -144,21 +148,22 @@ def forward(
 ) -> tuple[Float[Array, "B T G V"], Float[Array, "B G K V"], Saved | None]:
     """o in the dtype of v, the final state in float32, and what is saved."""
     # Under `vmap` there may be programs enough without parts, but what is saved has its shape from here.
-    most_parts = _parts(plan, q.shape[0], v.shape[2])
+    most = _cut(plan, q.shape[0], v.shape[2])
+    most_pieces = most.parts * most.pieces if most.parts > 1 else 0
     operands = (q, k, v, log_decay, beta, initial_state, lengths)
     arrays, tree = jax.tree.flatten(operands)
 
     def call(*arrays: Array) -> list[Array]:
-        return _forward(plan, most_parts, *jax.tree.unflatten(tree, arrays), save_states=save_states)
+        return _forward(plan, most_pieces, *jax.tree.unflatten(tree, arrays), save_states=save_states)
 
-    results = 2 + (3 + (most_parts > 1)) * save_states
+    results = 2 + (3 + (most_pieces > 0)) * save_states
     o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
-    return o, final, Saved(*saved, *([None] if most_parts == 1 else [])) if save_states else None
+    return o, final, Saved(*saved, *([] if most_pieces else [None])) if save_states else None
 
 
 def _forward(
     plan: Plan,
-    most_parts: int,
+    most_pieces: int,
     q: Array,
     k: Array,
     v: Array,
@@ -170,14 +175,14 @@ def _forward(
     save_states: bool,
 ) -> list[Array]:
     batch, value_heads = v.shape[0], v.shape[2]
-    plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
+    plan = _cut(plan, batch, value_heads)
     log2, factors = layout.gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = layout.whole(plan, v, plan.value_dim)
     inverse, gamma = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
-        {"n": plan.chunks, "g": value_heads},
+        {"n": plan.chunks, "b": batch, "g": value_heads},
         [whole_k, log2, factors[1] if plan.normed else factors[0]],
         [
             ((batch, value_heads, plan.length, CHUNK), plan.compute),
@@ -191,17 +196,21 @@ def _forward(
     maps = None
     if plan.parts > 1:
         stages, scratch = kernels.summary_scratch(plan)
-        (summary,) = _launch(
+        seen = layout.visible(plan, log2, has_state=first is not None, save_states=save_states)
+        pieces = plan.parts * plan.pieces
+        local, maps = _launch(
             "gdn_summary",
             functools.partial(kernels.summary_body, plan, stages),
-            {"p": plan.parts, "g": value_heads, "v": plan.summary_columns // (2 * CHUNK)},
-            [whole_k, whole_v, inverse, layout.skipped(plan, log2, backward=False), *gates],
-            [((batch, value_heads, plan.parts, plan.summary_columns, plan.key_dim), jnp.float32)],
+            {"b": batch, "p": pieces, "g": value_heads, "v": plan.summary_pairs},
+            [whole_k, whole_v, inverse, seen.summaries, *gates],
+            [
+                ((batch, value_heads, pieces, plan.value_dim, plan.key_dim), jnp.float32),
+                ((batch, value_heads, pieces, 2, plan.key_dim, plan.key_dim), jnp.bfloat16),
+            ],
             scratch,
             warpgroups=3,
         )
-        maps = summary[:, :, :, plan.value_dim : plan.value_dim + plan.key_dim]
-        first = _ends(plan, summary, summary, first, backward=False, first_row=plan.value_dim)
+        first = _ends(plan, maps, local, seen.starts, first, backward=False)
     elif first is not None:
         first = first[:, :, None]
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
@@ -212,7 +221,7 @@ def _forward(
     o, final, *states = _launch(
         "gdn_forward",
         functools.partial(kernels.forward_body, plan, depths, first is not None, save_states),
-        {"p": plan.parts, "g": value_heads, "v": plan.slabs},
+        {"b": batch, "p": plan.parts, "g": value_heads, "v": plan.slabs},
         [whole_q, whole_k, whole_v, inverse, *gates, *([] if first is None else [first])],
         outputs,
         scratch,
@@ -221,37 +230,37 @@ def _forward(
     o = o[:, : q.shape[1], :, : v.shape[3]]
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
     saved = [gamma, states[0], inverse] if save_states else []
-    if save_states and most_parts > 1:
+    if save_states and most_pieces:
         if maps is None:
-            maps = jnp.zeros((batch, value_heads, 0, plan.key_dim, plan.key_dim), jnp.float32)
+            maps = jnp.zeros((batch, value_heads, 0, 2, plan.key_dim, plan.key_dim), jnp.bfloat16)
         # Not read.
-        filling = most_parts - maps.shape[2]
-        saved.append(jnp.pad(maps, ((0, 0), (0, 0), (0, filling), (0, 0), (0, 0))))
+        saved.append(jnp.pad(maps, [(0, most_pieces - maps.shape[2]) if i == 2 else (0, 0) for i in range(6)]))
     return [o, final, *saved]
 
 
 def _ends(
-    plan: Plan, maps: Array, local: Array, given: Array | None, *, backward: bool, first_row: int = 0
+    plan: Plan, maps: Array, local: Array, starts: Array, given: Array | None, *, backward: bool
 ) -> Array:
     """The states that enter the parts, or the cotangents of those that leave them, (B, G, P, V, K).
 
     Args:
         plan: of the launch.
-        maps: transposed M of each part, (B, G, P, K from `first_row` on, K).
-        local: what each part makes of zero, (B, G, P, V, K or more).
+        maps: transposed M of each piece, as `Saved` has them.
+        local: what each piece makes of zero, (B, G, P · pieces, V, K).
+        starts: with what a part's chain begins, as `layout.Visible` has it.
         given: what enters the first part, (B, G, V, K), None being zero; or the cotangent of what leaves the last one.
         backward: which.
-        first_row: of `maps`.
     """
     batch, value_heads = maps.shape[:2]
+    stages, scratch = kernels.ends_scratch(plan)
     (ends,) = _launch(
         "gdn_lasts" if backward else "gdn_firsts",
-        functools.partial(kernels.ends_body, plan, backward, first_row, given is not None),
-        {"g": value_heads, "v": plan.slabs},
-        [maps, local, *([] if given is None else [given])],
+        functools.partial(kernels.ends_body, plan, stages, backward, given is not None),
+        {"b": batch, "g": value_heads, "v": plan.slabs},
+        [maps, local, starts, *([] if given is None else [given])],
         [((batch, value_heads, plan.parts, plan.value_dim, plan.key_dim), jnp.float32)],
-        kernels.ends_scratch(plan),
-        warpgroups=1,
+        scratch,
+        warpgroups=2,
     )
     return ends
 
@@ -293,47 +302,42 @@ def _backward(
     dfinal_state: Array,
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
-    plan = dataclasses.replace(plan, parts=_parts(plan, batch, value_heads))
+    plan = _cut(plan, batch, value_heads)
     log2, factors = layout.gates(plan, log_decay, beta, lengths)
     gates = [saved.gamma, *factors]
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
-    state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
     stages, copies, scratch = kernels.walk_scratch(plan)
 
-    def walk(lasts: Array, outputs: list[tuple[tuple[int, ...], Any]], *, local: bool) -> list[Array]:
+    def walk(name: str, parts: int, extra: list[Array], outputs: list[tuple[tuple[int, ...], Any]]) -> list[Array]:
+        local = name == "gdn_local_walk"
+        operands = [whole_q, whole_k, whole_do, saved.inverse, *gates]
         return _launch(
-            "gdn_local_walk" if local else "gdn_walk",
+            name,
             functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
-            {"p": plan.parts, "g": value_heads, "v": plan.slabs},
-            [
-                *([layout.skipped(plan, log2, backward=True)] if local else []),
-                whole_q,
-                whole_k,
-                whole_do,
-                saved.inverse,
-                *gates,
-                lasts,
-            ],
-            [*outputs, (state_shape, jnp.float32)],
+            {"b": batch, "p": parts, "g": value_heads, "v": plan.slabs},
+            [*extra, *operands] if local else [*operands, *extra],
+            [*outputs, ((batch, value_heads, parts, plan.value_dim, plan.key_dim), jnp.float32)],
             scratch,
             warpgroups=3,
         )
 
     last = layout.turned(plan, dfinal_state)
-    lasts = last[:, :, None]
     if plan.parts > 1:
         assert saved.maps is not None
-        lasts = jnp.pad(lasts, ((0, 0), (0, 0), (plan.parts - 1, 0), (0, 0), (0, 0)))
-        (entered,) = walk(lasts, [], local=True)
-        lasts = _ends(plan, saved.maps[:, :, : plan.parts], entered, last, backward=True)
+        seen = layout.visible(plan, log2, has_state=True, save_states=True)
+        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [seen.back_skipped], [])
+        lasts = _ends(plan, saved.maps, entered, seen.back_starts, last, backward=True)
+    else:
+        lasts = last[:, :, None]
     dv, dstates, dfirst = walk(
-        lasts,
+        "gdn_walk",
+        plan.parts,
+        [lasts],
         [
             ((batch, plan.length, value_heads, plan.value_dim), plan.compute),
             ((batch, value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
         ],
-        local=False,
     )
     blocks = plan.key_dim // plan.key_block
     slabs, stages, scratch = kernels.gradients_scratch(plan)
@@ -343,7 +347,7 @@ def _backward(
     dq, dk, dlog_decay, dbeta = _launch(
         "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, slabs, stages, run),
-        {"n": plan.chunks // run, "g": value_heads, "k": blocks},
+        {"n": plan.chunks // run, "b": batch, "g": value_heads, "k": blocks},
         [whole_q, whole_k, whole_v, whole_do, dv, saved.inverse, saved.states, dstates, *gates],
         [
             (key_shape, plan.compute),

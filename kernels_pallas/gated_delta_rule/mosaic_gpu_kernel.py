@@ -66,6 +66,7 @@ class Plan:
         compute: dtype of q, k, v: what the tensor cores take.
         interpreted: whether the kernels run on a CPU.
         parts: into which the walks cut a sequence, of as many chunks each: programs of their own.
+        pieces: into which a part is cut where what it does to a state is looked for.
     """
 
     length: int
@@ -77,6 +78,7 @@ class Plan:
     compute: Any
     interpreted: bool
     parts: int = 1
+    pieces: int = 1
 
     @property
     def chunks(self) -> int:
@@ -89,9 +91,14 @@ class Plan:
         return self.chunks // self.parts
 
     @property
-    def summary_columns(self) -> int:
-        """V + K, up to whole programs of `summary_body`."""
-        return -(-(self.value_dim + self.key_dim) // (2 * CHUNK)) * 2 * CHUNK
+    def piece_chunks(self) -> int:
+        """And how many a piece has."""
+        return self.part_chunks // self.pieces
+
+    @property
+    def summary_pairs(self) -> int:
+        """Programs of `summary_body` for a piece: V + K columns, 2 · 64 each."""
+        return -(-(self.value_dim + self.key_dim) // (2 * CHUNK))
 
     @property
     def slabs(self) -> int:
@@ -355,7 +362,9 @@ def inverse_body(
     on the way is larger than 2, and float16 keeps three bits more than bfloat16.
     """
     b, n, g = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("g")
-    tokens = pl.ds(n * CHUNK, CHUNK)
+    # From the last chunks of the parts to the first ones, which the walks want first: they are still in the L2 cache.
+    chunk = lax.rem(n, plan.parts) * plan.part_chunks + plan.part_chunks - 1 - lax.div(n, plan.parts)
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
     plgpu.copy_gmem_to_smem(log_ref.at[b, g, tokens], s["log"], s["gates_came"])
     for name in ("root_rows", "root_columns"):
         plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["gates_came"])
@@ -534,21 +543,22 @@ def summary_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
 
 
 def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
-    """What a part does to the state that enters it, eq. (16): (B, G, P, `summary_columns`, K) float32.
+    """What a piece does to the state that enters it, eq. (16).
 
-    The first V rows are the state that leaves it if zero enters, the next K the transposed M of eq. (17): the states of
-    K more values, all zero, that begin as the identity. A program has 2 · 64 of them, and reads no queries.
+    The state that leaves it if zero enters, (B, G, P · pieces, V, K) float32, and the transposed M of eq. (17), as two
+    bfloat16 whose sum it is, (B, G, P · pieces, 2, K, K): that is the states of K more values, all zero, that begin as
+    the identity. A program has 2 · 64 of these V + K columns, and reads no queries.
 
-    The first chunks of a part, as many as the input says, are skipped: what they leave is 0 where the part ends.
+    It begins at the chunk that the input says; where that is the end of the piece, nobody will ask, and it writes nothing.
     """
-    k_ref, v_ref, inverse_ref, skipped_ref, *rest = refs
+    k_ref, v_ref, inverse_ref, begins_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, _ = _gate_refs(plan, rest)
-    (summary_ref,) = rest
-    b, part, g, pair = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
+    local_ref, maps_ref = rest
+    b, piece, g, pair = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
-    count, first_chunk = plan.part_chunks, part * plan.part_chunks
-    skipped = _load_count(skipped_ref.at[b, g, part])
+    count, first_chunk = plan.piece_chunks, piece * plan.piece_chunks
+    begins = _load_count(begins_ref.at[b, g, piece, pair])
 
     @pl.when(warpgroup == 2)
     def _move() -> None:
@@ -571,21 +581,22 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
             for source, target in sources:
                 plgpu.copy_gmem_to_smem(source, target, came)
 
-        _pipeline(count, stages, s["free"], issue, skipped)
+        _pipeline(count, stages, s["free"], issue, begins)
 
     @pl.when(warpgroup < 2)
     def _walk() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         slab = 2 * pair + warpgroup
+        map_row = slab * CHUNK - plan.value_dim
         row, column = (
             plgpu.broadcasted_iota(jnp.int32, (CHUNK, plan.key_dim), axis, layout=_TILE) for axis in (0, 1)
         )
-        first = jnp.where(row + (slab * CHUNK - plan.value_dim) == column, 1.0, 0.0)
-        first = first * jnp.where(skipped == 0, 1.0, 0.0)
+        # An M that does not begin at the first chunk is not asked for; the states' zeros are right everywhere.
+        first = jnp.where(row + map_row == column, 1.0, 0.0)
         has_values = jnp.where(slab < plan.slabs, 1.0, 0.0)
 
         def step(n: Any, state: jax.Array) -> jax.Array:
-            slot = lax.rem(n - skipped, stages)
+            slot = lax.rem(n - begins, stages)
             plgpu.barrier_wait(s["came"].at[slot])
             low = state.astype(plan.compute)
             if plan.wide:
@@ -611,85 +622,157 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
             plgpu.barrier_arrive(s["free"].at[slot])
             return state
 
-        summary_ref.at[b, g, part, pl.ds(slab * CHUNK, CHUNK)][...] = lax.fori_loop(
-            skipped, count, step, first
-        )
+        state = lax.fori_loop(begins, count, step, first)
+
+        @pl.when((begins < count) & (slab < plan.slabs))
+        def _() -> None:
+            local_ref.at[b, g, piece, pl.ds(slab * CHUNK, CHUNK)][...] = state
+
+        @pl.when((begins < count) & (map_row >= 0) & (map_row < plan.key_dim))
+        def _() -> None:
+            for half, x in enumerate(_halves(state)):
+                maps_ref.at[b, g, piece, half, pl.ds(map_row, CHUNK)][...] = x
 
     _end_together(s["ended"])
 
 
-def ends_scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory of `ends_body`."""
-    return {name: tiled((CHUNK, plan.key_dim), jnp.bfloat16) for name in ("high", "low")}
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 whose sum has 16 bits of x."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(_FLOAT)).astype(jnp.bfloat16)
 
 
-def ends_body(plan: Plan, backward: bool, first_row: int, has_state: bool, *refs: Any, **s: Any) -> None:
-    """The states that enter the parts, or the cotangents of those that leave them (B, G, P, V, K), by eq. (17).
+def ends_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
+    """(stages, shared memory) of `ends_body`."""
 
-    Of each part it gets M, transposed, as the rows from `first_row` of an array, and the state that leaves it if zero
-    enters; or, backward, the cotangent of what enters it if that of what leaves it is zero (in the last part: is what
-    it is).
+    def scratch(stages: int) -> dict[str, Any]:
+        buffers = {
+            "high": tiled((stages, CHUNK, plan.key_block), jnp.bfloat16),
+            "low": tiled((stages, CHUNK, plan.key_block), jnp.bfloat16),
+            "came": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "free": plgpu.Barrier(num_barriers=stages),
+            "ended": plgpu.Barrier(num_arrivals=2),
+        }
+        if plan.wide:
+            buffers["made"] = plgpu.SMEM((CHUNK, plan.key_dim), _FLOAT)
+        return buffers
 
-    Matrices are sums of two of bfloat16, of whose products only that of the small parts is left out: 16 bits.
+    return _most_stages(4, scratch)
+
+
+def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: Any, **s: Any) -> None:
+    """The states that enter the parts, or the cotangents of those that leave them, (B, G, P, V, K), by eq. (17).
+
+    Of each piece it gets M, transposed, as two of bfloat16, and the state that leaves it if zero enters; or, backward,
+    the cotangent of what enters it if that of what leaves it is zero. And of each part with what to begin: 0, and its
+    pieces, one after the other, change what enters it; or n, and it is what the n-th piece makes of zero that the
+    pieces after it change: of what enters the part nothing is left.
+
+    States are split in two, too. Of the four products only that of the small halves is left out: 16 bits.
     """
-    maps_ref, local_ref, *rest = refs
+    maps_ref, local_ref, starts_ref, *rest = refs
     given_ref = rest.pop(0) if has_state else None
     (ends_ref,) = rest
     b, g, slab = (lax.axis_index(name) for name in ("b", "g", "v"))
+    warpgroup = lax.axis_index("warpgroup")
     columns = pl.ds(slab * CHUNK, CHUNK)
+    last, width = plan.parts - 1, plan.key_block
+    # Blocks of 64 rows and `width` columns of M, in the order in which they are multiplied by.
+    rows, blocks = range(plan.key_dim // CHUNK), range(plan.key_dim // width)
+    order = [(row, block) for row in rows for block in blocks]
+    order = order if backward else sorted(order, key=lambda place: place[1])
 
-    def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        high = x.astype(jnp.bfloat16)
-        return high, (x - high.astype(_FLOAT)).astype(jnp.bfloat16)
+    def part_of(step: Any) -> Any:
+        return last - step if backward else step
 
-    def rows(part: Any, start: int) -> None:
-        """Some rows of the transposed M of a part, to shared memory."""
-        whole = _load_state(maps_ref.at[b, g, part, pl.ds(first_row + start, CHUNK)])
-        s["high"][...], s["low"][...] = halves(whole)
-        plgpu.commit_smem()
+    def piece_of(part: Any, i: Any) -> Any:
+        return part * plan.pieces + (plan.pieces - 1 - i if backward else i)
 
-    def forward_through(part: Any, state: jax.Array) -> jax.Array:
-        made = _nothing_yet()
-        for start in range(0, plan.key_dim, CHUNK):
-            rows(part, start)
-            high, low = halves(lax.slice(state, (0, start), (CHUNK, start + CHUNK)))
-            (made,) = _sums(plan, (made, [(high, s["high"]), (low, s["high"]), (high, s["low"])]))
-        return made
+    def start_of(part: Any) -> Any:
+        return _load_count(starts_ref.at[b, g, part])
 
-    def backward_through(part: Any, cotangent: jax.Array) -> jax.Array:
-        made = []
-        for start in range(0, plan.key_dim, CHUNK):
-            rows(part, start)
-            high, low = halves(cotangent)
-            made += _sums(plan, (None, [(high, s["high"].T), (low, s["high"].T), (high, s["low"].T)]))
-        return lax.concatenate(made, 1)
+    @pl.when(warpgroup == 1)
+    def _move() -> None:
+        def part_step(step: Any, item: Any) -> Any:
+            part = part_of(step)
 
-    def local(part: Any) -> jax.Array:
-        return _load_state(local_ref.at[b, g, part, columns])
+            def piece_step(i: Any, item: Any) -> Any:
+                for n, (row, block) in enumerate(order):
+                    slot = lax.rem(item + n, stages)
 
-    def put(part: Any, state: Any) -> None:
-        ends_ref.at[b, g, part, columns][...] = state
+                    @pl.when(item + n >= stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(s["free"].at[slot])
 
-    last = plan.parts - 1
+                    for half, name in enumerate(("high", "low")):
+                        place = (pl.ds(row * CHUNK, CHUNK), pl.ds(block * width, width))
+                        source = maps_ref.at[b, g, piece_of(part, i), half, *place]
+                        plgpu.copy_gmem_to_smem(source, s[name].at[slot], s["came"].at[slot])
+                return item + len(order)
 
-    def forward_step(part: Any, state: jax.Array) -> jax.Array:
-        put(part, state)
-        return local(part) + forward_through(part, state)
+            return lax.fori_loop(start_of(part), plan.pieces, piece_step, item)
 
-    def backward_step(i: Any, cotangent: jax.Array) -> jax.Array:
-        part = last - 1 - i
-        put(part, cotangent)
-        return local(part) + backward_through(part, cotangent)
+        items = lax.fori_loop(0, last, part_step, _load_count(starts_ref.at[b, g, 0]) * 0)
+        for slot in range(stages):
+            pl.when(slot < items)(functools.partial(plgpu.barrier_wait, s["free"].at[slot]))
 
-    given = None if given_ref is None else _load_state(given_ref.at[b, g, columns])
-    if backward:
-        put(last, given)
-        put(0, lax.fori_loop(0, last - 1, backward_step, local(last)))
-    elif given is None:
-        put(0, _zeros(plan.key_dim))
-        put(last, lax.fori_loop(1, last, forward_step, local(0)))
-    else:
-        put(last, lax.fori_loop(0, last, forward_step, given))
+    @pl.when(warpgroup == 0)
+    def _chain() -> None:
+        def local(part: Any, i: Any) -> jax.Array:
+            return _load_state(local_ref.at[b, g, piece_of(part, i), columns])
+
+        def put(part: Any, state: Any) -> None:
+            ends_ref.at[b, g, part, columns][...] = state
+
+        def through(item: Any, state: jax.Array) -> jax.Array:
+            """The state, or its cotangent, times M."""
+            made: list[Any] = []
+            for n, (row, block) in enumerate(order):
+                slot = lax.rem(item + n, stages)
+                plgpu.barrier_wait(s["came"].at[slot])
+                high, low = s["high"].at[slot], s["low"].at[slot]
+                if backward:
+                    high, low, start, size = high.T, low.T, block * width, width
+                else:
+                    start, size = row * CHUNK, CHUNK
+                state_high, state_low = _halves(lax.slice(state, (0, start), (CHUNK, start + size)))
+                first = block == 0 if backward else row == 0
+                (sums,) = _sums(
+                    plan,
+                    (
+                        _nothing_yet() if first else made.pop(),
+                        [(state_high, high), (state_low, high), (state_high, low)],
+                    ),
+                )
+                plgpu.barrier_arrive(s["free"].at[slot])
+                made.append(sums)
+                if plan.wide and (block == blocks[-1] if backward else row == rows[-1]):
+                    # Two states of 64 x 256 do not fit the registers.
+                    at = row * CHUNK if backward else block * width
+                    s["made"].at[:, pl.ds(at, sums.shape[1])][...] = made.pop()
+            return _load(s["made"]) if plan.wide else lax.concatenate(made, 1)
+
+        def part_step(step: Any, carry: Any) -> Any:
+            item, state = carry
+            part = part_of(step)
+            put(part, state)
+            start = start_of(part)
+            kept = jnp.where(start == 0, 1.0, 0.0)
+            state = state * kept + local(part, lax.max(start - 1, 0)) * (1.0 - kept)
+
+            def piece_step(i: Any, carry: Any) -> Any:
+                item, state = carry
+                made = through(item, state)
+                return item + len(order), made + local(part, i)
+
+            return lax.fori_loop(start, plan.pieces, piece_step, (item, state))
+
+        given = _zeros(plan.key_dim) if given_ref is None else _load_state(given_ref.at[b, g, columns])
+        no_item = _load_count(starts_ref.at[b, g, 0]) * 0
+        _, end = lax.fori_loop(0, last, part_step, (no_item, given))
+        put(part_of(last), end)
+
+    _end_together(s["ended"])
 
 
 class Depths(NamedTuple):
@@ -947,20 +1030,23 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs: Any, **s: Any) -> None:
     """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and of those that enter the parts.
 
-    If it is `local`, only the last, and the last chunks of a part, as many as the first input says, are skipped: what
-    they ask of the state that enters the part is 0.
+    If it is `local`, only the cotangents of what enters the pieces, if those of what leaves them are zero. It then skips
+    as many of a piece's last chunks as the first input says; where these are all, nobody will ask, and it writes nothing.
     """
-    *skipped_ref, q_ref, k_ref, do_ref, inverse_ref = refs[: 4 + local]
-    rest = list(refs[4 + local :])
+    skipped_ref, dfinal_ref, dv_ref, dstates_ref = None, None, None, None
+    rest = list(refs)
+    if local:
+        skipped_ref = rest.pop(0)
+    q_ref, k_ref, do_ref, inverse_ref, *rest = rest
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    dfinal_ref, *rest = rest
-    dv_ref, dstates_ref = (None, None) if local else (rest.pop(0), rest.pop(0))
+    if not local:
+        dfinal_ref, dv_ref, dstates_ref, *rest = rest
     (dfirst_ref,) = rest
     b, part, g, slab = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
-    count = plan.part_chunks
-    skipped = _load_count(skipped_ref[0].at[b, g, part]) if local else 0
+    count = plan.piece_chunks if local else plan.part_chunks
+    skipped = 0 if skipped_ref is None else _load_count(skipped_ref.at[b, g, part])
     last_chunk = (part + 1) * count - 1
 
     @pl.when(warpgroup == 2)
@@ -1002,13 +1088,22 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             def keep() -> None:
                 if local and not plan.wide:
                     return
-                plgpu.wait_smem_to_gmem(2 * (copies - 1), wait_read_only=True)
+                # With one copy, only dV of the chunk before may still be on its way; with two all of that chunk.
+                plgpu.wait_smem_to_gmem(copies, wait_read_only=True)
                 s["dstate"].at[copy][...] = low
+
+            def send_dstate() -> None:
+                if dstates_ref is not None:
+                    plgpu.copy_smem_to_gmem(
+                        s["dstate"].at[copy], dstates_ref.at[b, g, last_chunk - n, columns]
+                    )
 
             if plan.wide:
                 keep()
                 plgpu.commit_smem()
                 low = s["dstate"].at[copy]
+                # At once: it has but one place, which the next chunk wants.
+                send_dstate()
 
             def prepare() -> tuple[jax.Array, ...]:
                 if not plan.wide:
@@ -1042,13 +1137,16 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             dv = dmissing * _across(root)
 
             def store() -> None:
-                if dv_ref is None or dstates_ref is None:
+                if dv_ref is None:
                     return
+                if plan.wide:
+                    # All but the cotangent of this chunk.
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 s["dv"].at[copy].T[...] = dv.astype(plan.compute)
                 plgpu.commit_smem()
-                chunk = last_chunk - n
-                plgpu.copy_smem_to_gmem(s["dstate"].at[copy], dstates_ref.at[b, g, chunk, columns])
-                tokens = pl.ds(chunk * CHUNK, CHUNK)
+                if not plan.wide:
+                    send_dstate()
+                tokens = pl.ds((last_chunk - n) * CHUNK, CHUNK)
                 plgpu.copy_smem_to_gmem(s["dv"].at[copy], dv_ref.at[b, tokens, g, columns])
 
             # The other half.
@@ -1056,11 +1154,14 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             plgpu.barrier_arrive(s["free"].at[slot])
             return dstate
 
-        dfinal = _load_state(dfinal_ref.at[b, g, part, columns])
-        if local:
-            dfinal = dfinal * jnp.where(skipped == 0, 1.0, 0.0)
+        nothing = dfinal_ref is None
+        dfinal = _zeros(plan.key_dim) if nothing else _load_state(dfinal_ref.at[b, g, part, columns])
         dfirst = lax.fori_loop(skipped, count, step, dfinal)
-        dfirst_ref.at[b, g, part, columns][...] = dfirst
+
+        def put() -> None:
+            dfirst_ref.at[b, g, part, columns][...] = dfirst
+
+        pl.when(skipped < count)(put) if local else put()
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == 1)
@@ -1185,7 +1286,11 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
     width, blocks, groups = plan.key_block, plan.key_dim // plan.key_block, plan.slabs // slabs
     # The program's own block of keys' columns comes first.
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
-    first_chunk = run * chunks
+    # Programs go through the chunks side by side, in the order of which the walk wrote last: those are in the L2 cache.
+    runs = plan.chunks // chunks
+
+    def place_of(c: Any) -> Any:
+        return c * runs + run
 
     def places(gamma: str) -> Callable[..., Any]:
         """How a chunk finds the places of its buffers.
@@ -1202,7 +1307,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
         return at
 
     def tokens(c: Any) -> Any:
-        return pl.ds((first_chunk + c) * CHUNK, CHUNK)
+        return pl.ds(place_of(c) * CHUNK, CHUNK)
 
     def without_length(dx: jax.Array, x: Any, along: jax.Array, lengths: jax.Array) -> jax.Array:
         """Eq. (27): dx less its part along x, from x · dx and one over the length of x, row by row."""
@@ -1225,7 +1330,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
 
         def states(ref: Any, which: list[Any]) -> Callable[[Any, int], list[Any]]:
             return lambda c, j: [
-                ref.at[b, g, first_chunk + c, pl.ds((j * slabs + i) * CHUNK, CHUNK), columns]
+                ref.at[b, g, place_of(c), pl.ds((j * slabs + i) * CHUNK, CHUNK), columns]
                 for i in range(slabs)
                 for columns in which
             ]

@@ -74,17 +74,67 @@ def gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) ->
     return log2, [root, root * k, plan.scale * q]
 
 
-def skipped(plan: Plan, log2: Array, *, backward: bool) -> Array:
-    """How many of the first chunks of each part leave nothing where it ends, (B, G, P) int32.
+class Visible(NamedTuple):
+    """What the ends of a part can still see of its chunks, int32; `mosaic_gpu_kernel` says how each is read.
 
-    Backward, of the last chunks: how many ask nothing of the state that enters the part. In between a state loses all:
-    with keys of length 1 and β to 2 it grows by nothing, and 2 to `_FORGET_LOG2` of it is 0 in float32.
+    Attributes:
+        summaries: first chunk of every program of `summary_body`, (B, G, P · pieces, pairs).
+        starts: with what a part's chain begins, (B, G, P).
+        back_skipped: last chunks of every piece that `backward_walk_body` skips, (B, G, P · pieces).
+        back_starts: as `starts`, backward.
     """
-    totals = jnp.sum(log2.reshape(*log2.shape[:2], plan.parts, 1, plan.part_chunks, CHUNK), axis=-1)
-    between = jnp.tri(plan.part_chunks, k=-1, dtype=jnp.bool_)
-    between = between if backward else between.T
-    decays = jnp.sum(jnp.where(between[None, None, None], totals, 0.0), axis=-1)
-    return jnp.sum((decays <= _FORGET_LOG2).astype(jnp.int32), axis=-1)
+
+    summaries: Array
+    starts: Array
+    back_skipped: Array
+    back_starts: Array
+
+
+def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> Visible:
+    """What of a part need not be walked to know the states that enter the parts, and their cotangents.
+
+    In between a state loses all: with keys of length 1 and β to 2 it grows by nothing, and 2 to `_FORGET_LOG2` of it is
+    0 in float32.
+
+    Args:
+        plan: of the launches.
+        log2: log₂ α, (B, G, T).
+        has_state: whether a state enters the first part.
+        save_states: whether there will be gradients.
+    """
+    count, size = plan.part_chunks, plan.piece_chunks
+    totals = jnp.sum(log2.reshape(*log2.shape[:2], plan.parts, 1, count, CHUNK), axis=-1)
+    chunk, other = jnp.indices((count, count))
+
+    def dead(where: Array) -> Array:
+        decays = jnp.sum(jnp.where(where[None, None, None], totals, 0.0), axis=-1)
+        return decays <= _FORGET_LOG2
+
+    # Number of first (last) chunks that leave (ask) nothing at the end (beginning) of the part: (B, G, P, 1).
+    gone = jnp.sum(dead(other > chunk), axis=-1, keepdims=True, dtype=jnp.int32)
+    back_gone = jnp.sum(dead(other < chunk), axis=-1, keepdims=True, dtype=jnp.int32)
+    alive = ~dead(other[:1] >= 0)
+    part, piece = (x[None, None] for x in jnp.indices((plan.parts, plan.pieces)))
+    from_end = plan.pieces - 1 - piece
+    # States are not asked for at the end of the last part, nor cotangents at the beginning of the first one.
+    is_first, is_last = part == 0, part == plan.parts - 1
+    carries = alive if has_state else alive & ~is_first[..., :1]
+    local = jnp.where(is_last, size, jnp.clip(gone - piece * size, 0, size))
+    # Whether what enters a piece is seen at the end of its part, or what leaves it at the beginning.
+    seen = jnp.where(piece == 0, carries, piece * size > gone) & ~is_last
+    back_seen = jnp.where(from_end == 0, alive, from_end * size > back_gone) & ~is_first
+    maps = jnp.where(seen | back_seen if save_states else seen, 0, size)
+    back_skipped = jnp.where(is_first, size, jnp.clip(back_gone - from_end * size, 0, size))
+    of_slabs = [local] * plan.slabs + [maps] * (plan.key_dim // CHUNK)
+    of_slabs += [jnp.full_like(local, size)] * (2 * plan.summary_pairs - len(of_slabs))
+    of_pairs = [jnp.minimum(x, y) for x, y in zip(of_slabs[::2], of_slabs[1::2], strict=True)]
+    rows = log2.shape[0], log2.shape[1], plan.parts * plan.pieces
+    return Visible(
+        jnp.stack(of_pairs, axis=-1).reshape(*rows, plan.summary_pairs),
+        jnp.where(carries, 0, gone // size + 1)[..., 0],
+        back_skipped.reshape(rows),
+        jnp.where(alive, 0, back_gone // size + 1)[..., 0],
+    )
 
 
 def turned(plan: Plan, state: Array) -> Array:
