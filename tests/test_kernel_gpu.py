@@ -107,11 +107,17 @@ def test_gates_norm_documents_and_padding_inside():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 192, 1, 1, 64, 256), (1, 192, 1, 1, 128, 128), (1, 192, 1, 1, 256, 64)]
+    ("shape", "programs"),
+    [
+        ((1, 192, 1, 1, 64, 256), 1),
+        ((1, 192, 1, 1, 128, 128), 1),
+        ((1, 192, 1, 1, 256, 128), 1),
+        ((1, 256, 1, 1, 64, 64), 2),
+    ],
 )
-def test_several_chunks_a_program(shape, monkeypatch):
-    """Every buffer is filled again, and every barrier passes more than once: one program has all chunks of a head."""
-    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, rows: chunks)
+def test_several_chunks_a_program(shape, programs, monkeypatch):
+    """Every buffer is filled again, and every barrier passes more than once: few programs have all chunks of a head."""
+    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, rows: chunks // programs)
     x = rounded(shape, "bfloat16")
     check(KERNEL, REFERENCE, x)
 

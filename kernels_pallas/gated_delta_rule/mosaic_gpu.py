@@ -340,13 +340,13 @@ def _backward(
         ],
     )
     blocks = plan.key_dim // plan.key_block
-    slabs, stages, scratch = kernels.gradients_scratch(plan)
+    key_places, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, batch * value_heads * blocks)
     key_shape = (batch, plan.length, value_heads, plan.key_dim)
     gate_shape = (blocks, batch, value_heads, plan.length)
     dq, dk, dlog_decay, dbeta = _launch(
         "gdn_gradients",
-        functools.partial(kernels.gradients_body, plan, slabs, stages, run),
+        functools.partial(kernels.gradients_body, plan, key_places, stages, run),
         {"n": plan.chunks // run, "b": batch, "g": value_heads, "k": blocks},
         [whole_q, whole_k, whole_v, whole_do, dv, saved.inverse, saved.states, dstates, *gates],
         [

@@ -1207,39 +1207,45 @@ def _row_products(x: jax.Array, ref: Any) -> jax.Array:
     return jnp.sum(functools.reduce(lax.add, parts), axis=1)
 
 
+# Gates of a chunk in the shared memory of `gradients_body`, a row each, by what reads them.
+_QUERY_ROWS = ("query_gamma", "query_root", "query_key_root", "query_scale")
+_KEY_ROWS = ("key_gamma", "root", "key_root")
+_GATE_ROWS = (*_QUERY_ROWS, *_KEY_ROWS)
+# And what its warpgroups find for each token: read by rows or by the copy engine, and read by columns.
+_ROW_SUMS = ("query_sums", "dbeta", "dlog")
+_COLUMN_SUMS = ("state_sums", "end_sums", "leave_sums")
+
+
 def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
-    """(slabs of V's columns that are worked on at once, stages of them, shared memory) of `gradients_body`."""
+    """(places of k, stages of 64 columns of V, shared memory) of `gradients_body`."""
     width, blocks = plan.key_block, plan.key_dim // plan.key_block
 
-    def scratch(slabs: int, stages: int) -> dict[str, Any]:
-        square, staged = (slabs, CHUNK, CHUNK), (stages * slabs, CHUNK, CHUNK)
+    def scratch(key_places: int, stages: int) -> dict[str, Any]:
+        square, staged = (1, CHUNK, CHUNK), (stages, CHUNK, CHUNK)
         buffers = {
             "q": tiled((blocks, CHUNK, width), plan.compute),
-            "k": tiled((blocks, CHUNK, width), plan.compute),
-            "inverse": tiled((1, CHUNK, CHUNK), plan.compute),
-            "query_gamma": plain(1, CHUNK),
-            "query_gamma_columns": plain(1, CHUNK),
-            "query_root": plain(1, CHUNK),
-            "key_gamma": plain(1, CHUNK),
-            "root": plain(1, CHUNK),
+            "k": tiled((key_places * blocks, CHUNK, width), plan.compute),
+            "inverse": tiled(square, plan.compute),
+            "gate_rows": plain(key_places * len(_GATE_ROWS), CHUNK),
+            "gate_columns": plain(key_places, CHUNK),
             "v": tiled(staged, plan.compute),
             "do": tiled(staged, plan.compute),
             "dv": tiled(staged, plan.compute),
-            "state": tiled((stages * slabs, blocks, CHUNK, width), plan.compute),
-            "dstate": tiled((stages * slabs, CHUNK, width), plan.compute),
+            "state": tiled((stages * blocks, CHUNK, width), plan.compute),
+            "dstate": tiled((stages, CHUNK, width), plan.compute),
             "missing": tiled(square, plan.compute),
             "written": tiled(square, plan.compute),
-            "dscores": tiled((1, CHUNK, CHUNK), plan.compute),
-            "dgram": tiled((1, CHUNK, CHUNK), plan.compute),
+            "dscores": tiled(square, plan.compute),
+            "dgram": tiled(square, plan.compute),
             "dq": tiled((1, CHUNK, width), plan.compute),
-            "query_sums": plain(1, CHUNK),
-            "state_sums": plain(1, CHUNK),
-            "end_sums": plain(1, CHUNK),
-            "leave_sums": plain(1, CHUNK),
-            "dbeta": plain(1, CHUNK),
-            "dlog": plain(1, CHUNK),
-            "chunk_came": plgpu.Barrier(num_arrivals=2 * blocks + 6 + 3 * plan.normed),
-            "chunk_free": plgpu.Barrier(num_arrivals=2),
+            "row_sums": plain(len(_ROW_SUMS), CHUNK),
+            "column_sums": plain(len(_COLUMN_SUMS), CHUNK),
+            "k_came": plgpu.Barrier(num_arrivals=blocks + 5 + 3 * plan.normed, num_barriers=key_places),
+            "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=key_places),
+            "q_came": plgpu.Barrier(num_arrivals=blocks),
+            "q_free": plgpu.Barrier(num_arrivals=2),
+            "inverse_came": plgpu.Barrier(),
+            "inverse_free": plgpu.Barrier(),
             "sums_handed": plgpu.Barrier(),
             "sums_taken": plgpu.Barrier(),
             "handed": plgpu.Barrier(),
@@ -1248,34 +1254,34 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "pairs_taken": plgpu.Barrier(),
             "ended": plgpu.Barrier(num_arrivals=3),
         }
-        if plan.normed:
-            buffers |= {name: plain(1, CHUNK) for name in ("query_scale", "query_key_root", "key_root")}
-        # dk leaves by the place of `missing`, which its warpgroup alone uses, where it is large enough.
-        if slabs * CHUNK < width:
-            buffers["dk"] = tiled((width // CHUNK, CHUNK, CHUNK), plan.compute)
+        if key_places == 1:
+            buffers["dk"] = tiled((1, CHUNK, width), plan.compute)
         # Each of them is asked for again as soon as its readers are done with it.
         for name, readers, copies in (
-            ("v", 1, slabs),
-            ("do", 1, slabs),
-            ("dv", 2, slabs),
-            ("state", 2, slabs * blocks),
-            ("dstate", 2, slabs),
+            ("v", 1, 1),
+            ("do", 1, 1),
+            ("dv", 2, 1),
+            ("state", 2, blocks),
+            ("dstate", 2, 1),
         ):
             buffers[f"{name}_came"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
             buffers[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
         return buffers
 
-    # With more than two slabs both halves of dk wait for all of them, and two slabs at once want too many registers.
-    slabs = 2 if plan.slabs == 2 and _fits(scratch(2, 1)) else 1
-    stages = 2 if _fits(scratch(slabs, 2)) else 1
-    return slabs, stages, scratch(slabs, stages)
+    for key_places, stages in ((2, 3), (2, 2), (2, 1), (1, 1)):
+        if _fits(scratch(key_places, stages)):
+            break
+    return key_places, stages, scratch(key_places, stages)
 
 
-def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
+def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
     """dq and dk of each value head (B, T, G, K), d log α and dβ (blocks of K, B, G, T), of `chunks` chunks.
 
     A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as
     they came if a block is all of K; else what eq. (27) subtracts is missing.
+
+    One warpgroup makes dq, dβ and what pairs of tokens do to each other, one dk and d log α. Of q, which both want last,
+    and of T there is one place, of k two, if they fit: dk then leaves by that of k.
     """
     q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
@@ -1283,7 +1289,7 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
     b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
-    width, blocks, groups = plan.key_block, plan.key_dim // plan.key_block, plan.slabs // slabs
+    width, blocks, slabs = plan.key_block, plan.key_dim // plan.key_block, plan.slabs
     # The program's own block of keys' columns comes first.
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
     # Programs go through the chunks side by side, in the order of which the walk wrote last: those are in the L2 cache.
@@ -1292,22 +1298,41 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
     def place_of(c: Any) -> Any:
         return c * runs + run
 
-    def places(gamma: str) -> Callable[..., Any]:
+    def tokens(c: Any) -> Any:
+        return pl.ds(place_of(c) * CHUNK, CHUNK)
+
+    def gate(name: str, c: Any) -> Any:
+        return s["gate_rows"].at[lax.rem(c, key_places) * len(_GATE_ROWS) + _GATE_ROWS.index(name)]
+
+    def gate_columns(c: Any) -> Any:
+        return s["gate_columns"].at[lax.rem(c, key_places)]
+
+    def last_of(name: str, c: Any) -> Any:
+        row = lax.rem(c, key_places) * len(_GATE_ROWS) + _GATE_ROWS.index(name)
+        return s["gate_rows"][row, CHUNK - 1]
+
+    def sums_of(name: str) -> Any:
+        if name in _ROW_SUMS:
+            return s["row_sums"].at[_ROW_SUMS.index(name)]
+        return s["column_sums"].at[_COLUMN_SUMS.index(name)]
+
+    def places(c: Any, gamma: str) -> Callable[..., Any]:
         """How a chunk finds the places of its buffers.
 
         The indices begin at zero, but made from what came, anew in every chunk: of constant ones the compiler keeps two
         hundred registers of addresses and descriptors from chunk to chunk, and spills others.
         """
         # γ is at most 0, which the compiler does not know.
-        zero = jnp.where(s[gamma][0, 0] > 1.0, 1, 0)
+        row = lax.rem(c, key_places) * len(_GATE_ROWS) + _GATE_ROWS.index(gamma)
+        zero = jnp.where(s["gate_rows"][row, 0] > 1.0, 1, 0)
 
-        def at(name: str, *indices: Any) -> Any:
-            return s[name].at[tuple(zero + i for i in indices or (0,))]
+        def at(name: str, index: Any = 0) -> Any:
+            return s[name].at[zero + index]
 
         return at
 
-    def tokens(c: Any) -> Any:
-        return pl.ds(place_of(c) * CHUNK, CHUNK)
+    def key_place(c: Any) -> Any:
+        return lax.rem(c, key_places) * blocks
 
     def without_length(dx: jax.Array, x: Any, along: jax.Array, lengths: jax.Array) -> jax.Array:
         """Eq. (27): dx less its part along x, from x · dx and one over the length of x, row by row."""
@@ -1324,15 +1349,11 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
         plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
 
         def columns(ref: Any) -> Callable[[Any, int], list[Any]]:
-            return lambda c, j: [
-                ref.at[b, tokens(c), g, pl.ds((j * slabs + i) * CHUNK, CHUNK)] for i in range(slabs)
-            ]
+            return lambda c, slab: [ref.at[b, tokens(c), g, pl.ds(slab * CHUNK, CHUNK)]]
 
         def states(ref: Any, which: list[Any]) -> Callable[[Any, int], list[Any]]:
-            return lambda c, j: [
-                ref.at[b, g, place_of(c), pl.ds((j * slabs + i) * CHUNK, CHUNK), columns]
-                for i in range(slabs)
-                for columns in which
+            return lambda c, slab: [
+                ref.at[b, g, place_of(c), pl.ds(slab * CHUNK, CHUNK), columns] for columns in which
             ]
 
         sources = {
@@ -1343,49 +1364,65 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             "dstate": states(dstates_ref, key_columns[:1]),
         }
 
-        def issue(name: str, c: Any, j: int) -> None:
-            item = c * groups + j
+        def issue(name: str, c: Any, slab: int) -> None:
+            item = c * slabs + slab
             slot = lax.rem(item, stages)
 
             @pl.when(item >= stages)
             def _() -> None:
                 plgpu.barrier_wait(s[f"{name}_free"].at[slot])
 
-            for i, source in enumerate(sources[name](c, j)):
-                place = (slot * slabs + i // blocks, i % blocks) if name == "state" else (slot * slabs + i,)
-                plgpu.copy_gmem_to_smem(source, s[name].at[place], s[f"{name}_came"].at[slot])
+            copies = sources[name](c, slab)
+            for i, source in enumerate(copies):
+                target = s[name].at[slot * len(copies) + i]
+                plgpu.copy_gmem_to_smem(source, target, s[f"{name}_came"].at[slot])
 
-        def issue_chunk(c: Any) -> None:
-            @pl.when(c > 0)
+        def issue_keys(c: Any) -> None:
+            place = lax.rem(c, key_places)
+
+            @pl.when(c >= key_places)
             def _() -> None:
-                plgpu.barrier_wait(s["chunk_free"])
+                plgpu.barrier_wait(s["k_free"].at[place])
 
-            came = s["chunk_came"]
+            came = s["k_came"].at[place]
             for i, columns in enumerate(key_columns):
-                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(c), h, columns], s["k"].at[i], came)
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], came)
-            plgpu.copy_gmem_to_smem(inverse_ref.at[b, g, tokens(c)], s["inverse"].at[0], came)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(c), h, columns], s["k"].at[key_place(c) + i], came)
+            plgpu.copy_gmem_to_smem(gamma_ref.at[b, g, tokens(c)], gate_columns(c), came)
             for ref, names in (
-                (gamma_ref, ("query_gamma", "query_gamma_columns", "key_gamma")),
+                (gamma_ref, ("query_gamma", "key_gamma")),
                 (root_ref, ("query_root", "root")),
                 (key_root_ref, ("query_key_root", "key_root")),
                 (scale_ref, ("query_scale",)),
             ):
                 if ref is not None:
                     for name in names:
-                        plgpu.copy_gmem_to_smem(ref.at[b, g, tokens(c)], s[name].at[0], came)
+                        plgpu.copy_gmem_to_smem(ref.at[b, g, tokens(c)], gate(name, c), came)
+
+        def issue_queries(c: Any) -> None:
+            pl.when(c > 0)(functools.partial(plgpu.barrier_wait, s["q_free"]))
+            for i, columns in enumerate(key_columns):
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), h, columns], s["q"].at[i], s["q_came"])
+
+        def issue_inverse(c: Any) -> None:
+            pl.when(c > 0)(functools.partial(plgpu.barrier_wait, s["inverse_free"]))
+            source = inverse_ref.at[b, g, tokens(c)]
+            plgpu.copy_gmem_to_smem(source, s["inverse"].at[0], s["inverse_came"])
 
         @pl.loop(0, chunks)
         def _chunk(c: Any) -> None:
-            # In the order in which they become free; the chunk's own last.
-            for j in range(groups):
+            # In the order in which they become free.
+            issue_keys(c)
+            for slab in range(slabs):
                 for name in sources:
-                    issue(name, c, j)
-                if j == 0:
-                    issue_chunk(c)
+                    if slab == min(slabs, stages) - 1 and name == "state":
+                        issue_inverse(c)
+                    issue(name, c, slab)
+            issue_queries(c)
 
-        plgpu.barrier_wait(s["chunk_free"])
-        for item in range(max(chunks * groups - stages, 0), chunks * groups):
+        _wait_for_last(chunks, key_places, s["k_free"])
+        plgpu.barrier_wait(s["q_free"])
+        plgpu.barrier_wait(s["inverse_free"])
+        for item in range(max(chunks * slabs - stages, 0), chunks * slabs):
             for name in sources:
                 plgpu.barrier_wait(s[f"{name}_free"].at[item % stages])
 
@@ -1395,45 +1432,43 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
 
         def chunk(c: Any, carry: None) -> None:
             dq = dscores = dpairs = through = _nothing_yet()
-            plgpu.barrier_wait(s["chunk_came"])
-            at = places("query_gamma")
-            for j in range(groups):
-                slot = lax.rem(c * groups + j, stages)
-                at = places("query_gamma")
+            plgpu.barrier_wait(s["k_came"].at[lax.rem(c, key_places)])
+            at = places(c, "query_gamma")
+            for slab in range(slabs):
+                slot = lax.rem(c * slabs + slab, stages)
+                at = places(c, "query_gamma")
                 for name in ("do", "state", "dstate"):
                     plgpu.barrier_wait(s[f"{name}_came"].at[slot])
-                do, dv, dstates = (
-                    [at(name, slot * slabs + i) for i in range(slabs)] for name in ("do", "dv", "dstate")
+                do, dv, dstate, state = (
+                    at("do", slot),
+                    at("dv", slot),
+                    at("dstate", slot),
+                    at("state", slot * blocks),
                 )
-                states = [at("state", slot * slabs + i, 0) for i in range(slabs)]
                 # Of the second only the diagonal counts: ⟨dS', S⟩, column by column of V.
-                flows = [(state, dstate.T) for state, dstate in zip(states, dstates, strict=True)]
-                dq, flow = _sums(plan, (dq, zip(do, states, strict=True)), (None, flows))
+                dq, flow = _sums(plan, (dq, [(do, state)]), (None, [(state, dstate.T)]))
                 plgpu.barrier_arrive(s["state_free"].at[slot])
                 plgpu.barrier_arrive(s["dstate_free"].at[slot])
-                row, column = _indices(s["query_gamma"].at[0])
+                row, column = _indices(gate("query_gamma", c))
                 flow = jnp.sum(jnp.where(row == column, flow, 0.0), axis=1)
                 through = flow if through is None else through + flow
                 plgpu.barrier_wait(s["dv_came"].at[slot])
                 plgpu.barrier_wait(s["handed"])
-                written = [at("written", i).T for i in range(slabs)]
-                dscores, dpairs = _sums(
-                    plan,
-                    (dscores, zip(do, written, strict=True)),
-                    (dpairs, zip(dv, written, strict=True)),
-                )
+                written = at("written").T
+                dscores, dpairs = _sums(plan, (dscores, [(do, written)]), (dpairs, [(dv, written)]))
                 plgpu.barrier_arrive(s["taken"])
                 for name in ("do", "dv"):
                     plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
+            # dq and dβ of the chunk before have left.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            row, column = _indices(s["query_gamma"].at[0])
-            gamma, root = _load(at("query_gamma"), _ROWS), _load(at("query_root"), _ROWS)
-            scale: Any = _load(at("query_scale"), _ROWS) if plan.normed else plan.scale
-            key_root = _load(at("query_key_root"), _ROWS) if plan.normed else root
+            row, column = _indices(gate("query_gamma", c))
+            gamma, root = _load(gate("query_gamma", c), _ROWS), _load(gate("query_root", c), _ROWS)
+            scale: Any = _load(gate("query_scale", c), _ROWS) if plan.normed else plan.scale
+            key_root = _load(gate("query_key_root", c), _ROWS) if plan.normed else root
             # Eq. (25).
             diagonal = jnp.sum(jnp.where(row == column, dpairs, 0.0), axis=1)
-            at("dbeta")[...] = diagonal / (root * root * root * key_root)
-            decay = _decay_between(s["query_gamma"].at[0], s["query_gamma_columns"].at[0])
+            sums_of("dbeta")[...] = diagonal / (root * root * root * key_root)
+            decay = _decay_between(gate("query_gamma", c), gate_columns(c))
             # Eq. (13) and (14); dv has β in it.
             low = (dscores * (decay * (_down(scale) if plan.normed else scale))).astype(plan.compute)
             lengths = _down(key_root / root * -1.0) if plan.normed else -1.0
@@ -1448,25 +1483,27 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["pairs_handed"])
             dq = dq * _down(jnp.exp2(gamma) * scale, width)
-            dq = _dot(plan, at("dscores"), at("k"), dq)
+            dq = _dot(plan, at("dscores"), at("k", key_place(c)), dq)
+            plgpu.barrier_wait(s["q_came"])
             along = _row_products(dq, at("q"))
 
             @pl.when(c > 0)
             def _() -> None:
                 plgpu.barrier_wait(s["sums_taken"])
 
-            at("query_sums")[...] = along
-            at("state_sums")[...] = through * jnp.exp2(s["query_gamma"][0, CHUNK - 1])
+            sums_of("query_sums")[...] = along
+            sums_of("state_sums")[...] = through * jnp.exp2(last_of("query_gamma", c))
             plgpu.barrier_arrive(s["sums_handed"])
             if plan.normed and blocks == 1:
                 dq = without_length(dq, at("q"), along, scale * (1.0 / plan.scale))
             at("dq")[...] = dq.astype(plan.compute)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(s["chunk_free"])
+            plgpu.barrier_arrive(s["q_free"])
+            plgpu.barrier_arrive(s["k_free"].at[lax.rem(c, key_places)])
             plgpu.copy_smem_to_gmem(
                 s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            plgpu.copy_smem_to_gmem(s["dbeta"].at[0], dbeta_ref.at[block, b, g, tokens(c)])
+            plgpu.copy_smem_to_gmem(sums_of("dbeta"), dbeta_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
@@ -1477,128 +1514,125 @@ def gradients_body(plan: Plan, slabs: int, stages: int, chunks: int, *refs: Any,
     @pl.when(warpgroup == 1)
     def _keys() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        leaving = "dk" if slabs * CHUNK < width else "missing"
+
+        def left(c: Any) -> None:
+            """dk and d log α of a chunk have left, and with dk the place of k is free."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if key_places > 1:
+                plgpu.barrier_arrive(s["k_free"].at[lax.rem(c, key_places)])
 
         def chunk(c: Any, carry: None) -> None:
             # What dk gets through the states that enter and leave the chunk, before their decays.
             dk_in = dk_out = ends = _nothing_yet()
-            plgpu.barrier_wait(s["chunk_came"])
-            at = places("key_gamma")
+            plgpu.barrier_wait(s["k_came"].at[lax.rem(c, key_places)])
+            at = places(c, "key_gamma")
 
             def by_key(dk: jax.Array) -> jax.Array:
-                return _row_products(dk, at("k"))
+                return _row_products(dk, at("k", key_place(c)))
 
             def key_roots() -> jax.Array:
-                return _load(at("key_root" if plan.normed else "root"), _ROWS)
+                return _load(gate("key_root" if plan.normed else "root", c), _ROWS)
 
             def lengths() -> jax.Array:
                 """One over those of the keys."""
-                return key_roots() / _load(at("root"), _ROWS)
+                return key_roots() / _load(gate("root", c), _ROWS)
 
             def decayed_in(dk_in: jax.Array) -> tuple[jax.Array, jax.Array]:
-                factor = jnp.exp2(_load(at("key_gamma"), _ROWS)) * -1.0
+                factor = jnp.exp2(_load(gate("key_gamma", c), _ROWS)) * -1.0
                 dk_in = dk_in * _down(factor * lengths() if plan.normed else factor, width)
                 return dk_in, by_key(dk_in)
 
-            for j in range(groups):
-                slot = lax.rem(c * groups + j, stages)
-                at = places("key_gamma")
+            for slab in range(slabs):
+                slot = lax.rem(c * slabs + slab, stages)
+                at = places(c, "key_gamma")
                 for name in ("state", "v"):
                     plgpu.barrier_wait(s[f"{name}_came"].at[slot])
-                keys = [at("k", i) for i in range(blocks)]
-                recalled = _sums(
-                    plan,
-                    *(
-                        (None, [(k, at("state", slot * slabs + i, n).T) for n, k in enumerate(keys)])
-                        for i in range(slabs)
-                    ),
-                )
-                if j == 0:
-                    # dk and the sums of the chunk before have left.
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for i in range(slabs):
-                    gamma, root = _load(at("key_gamma"), _ROWS), _load(at("root"), _ROWS)
-                    offered = _load(at("v", slot * slabs + i)).astype(_FLOAT) * _down(root)
-                    missing = offered - recalled[i] * _down(key_roots() * jnp.exp2(gamma))
-                    at("missing", i)[...] = missing.astype(plan.compute)
+                recalls = [
+                    (at("k", key_place(c) + i), at("state", slot * blocks + i).T) for i in range(blocks)
+                ]
+                (recalled,) = _sums(plan, (None, recalls))
+                if slab == 0:
+                    pl.when(c > 0)(functools.partial(left, c - 1))
+                gamma, root = _load(gate("key_gamma", c), _ROWS), _load(gate("root", c), _ROWS)
+                offered = _load(at("v", slot)).astype(_FLOAT) * _down(root)
+                missing = offered - recalled * _down(key_roots() * jnp.exp2(gamma))
+                at("missing")[...] = missing.astype(plan.compute)
                 # Fences come before the barrier wherever the copy engine writes what threads have read.
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["v_free"].at[slot])
                 plgpu.barrier_wait(s["dv_came"].at[slot])
-                dvs, dstates = (
-                    [at(name, slot * slabs + i) for i in range(slabs)] for name in ("dv", "dstate")
-                )
+                if slab == 0:
+                    plgpu.barrier_wait(s["inverse_came"])
                 # Eq. (6) once more.
-                *written, dk_in = _sums(
+                written, dk_in = _sums(
                     plan,
-                    *(
-                        (None, [(at("inverse"), missing)])
-                        for missing in map(functools.partial(at, "missing"), range(slabs))
-                    ),
-                    (dk_in, [(dv, at("state", slot * slabs + i, 0)) for i, dv in enumerate(dvs)]),
+                    (None, [(at("inverse"), at("missing"))]),
+                    (dk_in, [(at("dv", slot), at("state", slot * blocks))]),
                 )
                 plgpu.barrier_arrive(s["state_free"].at[slot])
                 plgpu.barrier_arrive(s["dv_free"].at[slot])
+                if slab == slabs - 1:
+                    plgpu.barrier_arrive(s["inverse_free"])
 
-                @pl.when(c * groups + j > 0)
+                @pl.when(c * slabs + slab > 0)
                 def _() -> None:
                     plgpu.barrier_wait(s["taken"])
 
-                for i in range(slabs):
-                    low = (written[i] * _down(key_roots())).astype(plan.compute)
-                    at("written", i)[...] = low
+                at("written")[...] = (written * _down(key_roots())).astype(plan.compute)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["handed"])
-                if groups == 1:
+                if slabs == 1:
                     # Before `dk_out` wants its registers.
                     dk_in, ends = decayed_in(dk_in)
                 plgpu.barrier_wait(s["dstate_came"].at[slot])
-                (dk_out,) = _sums(
-                    plan,
-                    (dk_out, zip(map(functools.partial(at, "written"), range(slabs)), dstates, strict=True)),
-                )
+                (dk_out,) = _sums(plan, (dk_out, [(at("written"), at("dstate", slot))]))
                 plgpu.barrier_arrive(s["dstate_free"].at[slot])
-            if groups > 1:
+            if slabs > 1:
                 dk_in, ends = decayed_in(dk_in)
-            gamma, last = _load(at("key_gamma"), _ROWS), s["key_gamma"][0, CHUNK - 1]
+            gamma, last = _load(gate("key_gamma", c), _ROWS), last_of("key_gamma", c)
             dk_out = dk_out * _down(jnp.exp2(last - gamma), width)
             leaves = by_key(dk_out)
             dk = dk_in + dk_out
             plgpu.barrier_wait(s["pairs_handed"])
             # Eq. (14): what a token reads of others through its key, and what others read of it.
-            more = _dot(plan, at("dgram"), at("k"))
+            more = _dot(plan, at("dgram"), at("k", key_place(c)))
             ends = ends + by_key(more)
             dk = dk + more
-            (more,) = _sums(plan, (None, [(at("dgram").T, at("k")), (at("dscores").T, at("q"))]))
+            plgpu.barrier_wait(s["q_came"])
+            read = [(at("dgram").T, at("k", key_place(c))), (at("dscores").T, at("q"))]
+            (more,) = _sums(plan, (None, read))
             starts = by_key(more)
             dk = dk + more
             plgpu.barrier_arrive(s["pairs_taken"])
+            plgpu.barrier_arrive(s["q_free"])
             if plan.normed and blocks == 1:
-                dk = without_length(dk, at("k"), ends + starts + leaves, lengths())
-            for i in range(width // CHUNK):
-                columns = lax.slice(dk, (0, i * CHUNK), (CHUNK, (i + 1) * CHUNK))
-                at(leaving, i)[...] = columns.astype(plan.compute)
-            # Eq. (26): what ends here or later, what leaves the chunk from an earlier token, and what passes.
+                dk = without_length(dk, at("k", key_place(c)), ends + starts + leaves, lengths())
+            # The other warpgroup hands these over when it is done with k, whose place dk takes.
             plgpu.barrier_wait(s["sums_handed"])
-            at("end_sums")[...] = ends - starts + _load(at("query_sums"), _ROWS)
-            at("leave_sums")[...] = leaves
+            name, place = ("k", key_place(c)) if key_places > 1 else ("dk", 0)
+            at(name, place)[...] = dk.astype(plan.compute)
+            # Eq. (26): what ends here or later, what leaves the chunk from an earlier token, and what passes.
+            sums_of("end_sums")[...] = ends - starts + _load(sums_of("query_sums"), _ROWS)
+            sums_of("leave_sums")[...] = leaves
             plgpu.commit_smem()
-            row, column = _indices(s["key_gamma"].at[0])
-            of_ends, of_leaves, of_states = (
-                _across(_load(at(name), _COLUMNS)) for name in ("end_sums", "leave_sums", "state_sums")
+            row, column = _indices(gate("key_gamma", c))
+            of_ends, of_leaves, of_states = (_across(_load(sums_of(name), _COLUMNS)) for name in
+                                             ("end_sums", "leave_sums", "state_sums"))
+            sums_of("dlog")[...] = jnp.sum(
+                jnp.where(column >= row, of_ends, of_leaves) + of_states, axis=1
             )
-            at("dlog")[...] = jnp.sum(jnp.where(column >= row, of_ends, of_leaves) + of_states, axis=1)
             plgpu.barrier_arrive(s["sums_taken"])
             plgpu.commit_smem()
-            plgpu.barrier_arrive(s["chunk_free"])
-            start = lax.rem(block, blocks) * width
-            for i in range(width // CHUNK):
-                target = dk_ref.at[b, tokens(c), g, pl.ds(start + i * CHUNK, CHUNK)]
-                plgpu.copy_smem_to_gmem(s[leaving].at[i], target, commit_group=False)
-            plgpu.copy_smem_to_gmem(s["dlog"].at[0], dlog_ref.at[block, b, g, tokens(c)])
+            if key_places == 1:
+                plgpu.barrier_arrive(s["k_free"].at[0])
+            plgpu.copy_smem_to_gmem(
+                s[name].at[place], dk_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
+            )
+            plgpu.copy_smem_to_gmem(sums_of("dlog"), dlog_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
+        left(chunks - 1)
         plgpu.barrier_wait(s["taken"])
         plgpu.wait_smem_to_gmem(0)
 
