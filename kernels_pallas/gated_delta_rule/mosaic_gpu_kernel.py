@@ -646,16 +646,15 @@ def ends_scratch(plan: Plan) -> tuple[int, dict[str, Any]]:
     """(stages, shared memory) of `ends_body`."""
 
     def scratch(stages: int) -> dict[str, Any]:
-        buffers = {
+        return {
             "high": tiled((stages, CHUNK, plan.key_block), jnp.bfloat16),
             "low": tiled((stages, CHUNK, plan.key_block), jnp.bfloat16),
+            "state_high": tiled((2, CHUNK, plan.key_dim), jnp.bfloat16),
+            "state_low": tiled((2, CHUNK, plan.key_dim), jnp.bfloat16),
             "came": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "free": plgpu.Barrier(num_barriers=stages),
             "ended": plgpu.Barrier(num_arrivals=2),
         }
-        if plan.wide:
-            buffers["made"] = plgpu.SMEM((CHUNK, plan.key_dim), _FLOAT)
-        return buffers
 
     return _most_stages(4, scratch)
 
@@ -668,7 +667,8 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
     pieces, one after the other, change what enters it; or n, and it is what the n-th piece makes of zero that the
     pieces after it change: of what enters the part nothing is left.
 
-    States are split in two, too. Of the four products only that of the small halves is left out: 16 bits.
+    States, in shared memory, are two of bfloat16, too: 16 bits. Of the four products only that of the small halves is
+    left out.
     """
     maps_ref, local_ref, starts_ref, *rest = refs
     given_ref = rest.pop(0) if has_state else None
@@ -677,10 +677,14 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
     warpgroup = lax.axis_index("warpgroup")
     columns = pl.ds(slab * CHUNK, CHUNK)
     last, width = plan.parts - 1, plan.key_block
-    # Blocks of 64 rows and `width` columns of M, in the order in which they are multiplied by.
+    # Blocks of 64 rows and `width` columns of M, in the order in which they are multiplied by: all that some columns of
+    # the product need follow each other.
     rows, blocks = range(plan.key_dim // CHUNK), range(plan.key_dim // width)
-    order = [(row, block) for row in rows for block in blocks]
-    order = order if backward else sorted(order, key=lambda place: place[1])
+    if backward:
+        needs = [[(row, block) for block in blocks] for row in rows]
+    else:
+        needs = [[(row, block) for row in rows] for block in blocks]
+    order = [place for places in needs for place in places]
 
     def part_of(step: Any) -> Any:
         return last - step if backward else step
@@ -690,6 +694,8 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
 
     def start_of(part: Any) -> Any:
         return _load_count(starts_ref.at[b, g, part])
+
+    no_item = _load_count(starts_ref.at[b, g, 0]) * 0
 
     @pl.when(warpgroup == 1)
     def _move() -> None:
@@ -712,65 +718,84 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
 
             return lax.fori_loop(start_of(part), plan.pieces, piece_step, item)
 
-        items = lax.fori_loop(0, last, part_step, _load_count(starts_ref.at[b, g, 0]) * 0)
+        items = lax.fori_loop(0, last, part_step, no_item)
         for slot in range(stages):
             pl.when(slot < items)(functools.partial(plgpu.barrier_wait, s["free"].at[slot]))
 
     @pl.when(warpgroup == 0)
     def _chain() -> None:
-        def local(part: Any, i: Any) -> jax.Array:
-            return _load_state(local_ref.at[b, g, piece_of(part, i), columns])
+        def local(part: Any, i: Any, start: int, size: int) -> jax.Array:
+            """What a piece makes of zero: some of K's columns."""
+            return _load_state(local_ref.at[b, g, piece_of(part, i), columns, pl.ds(start, size)])
 
-        def put(part: Any, state: Any) -> None:
-            ends_ref.at[b, g, part, columns][...] = state
+        def keep(copy: Any, start: int, x: jax.Array) -> None:
+            for name, half in zip(("state_high", "state_low"), _halves(x), strict=True):
+                s[name].at[copy].at[:, pl.ds(start, x.shape[1])][...] = half
 
-        def through(item: Any, state: jax.Array) -> jax.Array:
-            """The state, or its cotangent, times M."""
-            made: list[Any] = []
-            for n, (row, block) in enumerate(order):
-                slot = lax.rem(item + n, stages)
-                plgpu.barrier_wait(s["came"].at[slot])
-                high, low = s["high"].at[slot], s["low"].at[slot]
-                if backward:
-                    high, low, start, size = high.T, low.T, block * width, width
-                else:
-                    start, size = row * CHUNK, CHUNK
-                state_high, state_low = _halves(lax.slice(state, (0, start), (CHUNK, start + size)))
-                first = block == 0 if backward else row == 0
-                (sums,) = _sums(
-                    plan,
-                    (
-                        _nothing_yet() if first else made.pop(),
-                        [(state_high, high), (state_low, high), (state_high, low)],
-                    ),
-                )
-                plgpu.barrier_arrive(s["free"].at[slot])
-                made.append(sums)
-                if plan.wide and (block == blocks[-1] if backward else row == rows[-1]):
-                    # Two states of 64 x 256 do not fit the registers.
-                    at = row * CHUNK if backward else block * width
-                    s["made"].at[:, pl.ds(at, sums.shape[1])][...] = made.pop()
-            return _load(s["made"]) if plan.wide else lax.concatenate(made, 1)
+        def kept(copy: Any, start: int, size: int) -> jax.Array:
+            halves = (s[name].at[copy].at[:, pl.ds(start, size)] for name in ("state_high", "state_low"))
+            high, low = (_load(half).astype(_FLOAT) for half in halves)
+            return high + low
 
         def part_step(step: Any, carry: Any) -> Any:
-            item, state = carry
+            item, copy = carry
             part = part_of(step)
-            put(part, state)
             start = start_of(part)
-            kept = jnp.where(start == 0, 1.0, 0.0)
-            state = state * kept + local(part, lax.max(start - 1, 0)) * (1.0 - kept)
+            enters = jnp.where(start == 0, 1.0, 0.0)
+            for block in blocks:
+                at = block * width
+                state = kept(copy, at, width)
+                ends_ref.at[b, g, part, columns, pl.ds(at, width)][...] = state
+                first = local(part, lax.max(start - 1, 0), at, width)
+                keep(copy, at, state * enters + first * (1.0 - enters))
+            plgpu.commit_smem()
 
             def piece_step(i: Any, carry: Any) -> Any:
-                item, state = carry
-                made = through(item, state)
-                return item + len(order), made + local(part, i)
+                item, copy = carry
+                for places in needs:
+                    at = places[0][0] * CHUNK if backward else places[0][1] * width
+                    made: Any = local(part, i, at, CHUNK if backward else width)
+                    # As many at once as there are places for.
+                    for begin in range(0, len(places), stages):
+                        some, products = places[begin : begin + stages], []
+                        for n, (row, block) in enumerate(some):
+                            slot = lax.rem(item + n, stages)
+                            plgpu.barrier_wait(s["came"].at[slot])
+                            high, low = s["high"].at[slot], s["low"].at[slot]
+                            size = width if backward else CHUNK
+                            start = block * width if backward else row * CHUNK
+                            state_high, state_low = (
+                                s[name].at[copy].at[:, pl.ds(start, size)]
+                                for name in ("state_high", "state_low")
+                            )
+                            if backward:
+                                high, low = high.T, low.T
+                            products += [(state_high, high), (state_low, high), (state_high, low)]
+                        (sums,) = _sums(plan, (None, products))
+                        made = made + sums
+                        for n in range(len(some)):
+                            plgpu.barrier_arrive(s["free"].at[lax.rem(item + n, stages)])
+                        item = item + len(some)
+                    keep(1 - copy, at, made)
+                plgpu.commit_smem()
+                return item, 1 - copy
 
-            return lax.fori_loop(start, plan.pieces, piece_step, (item, state))
+            return lax.fori_loop(start, plan.pieces, piece_step, (item, copy))
 
-        given = _zeros(plan.key_dim) if given_ref is None else _load_state(given_ref.at[b, g, columns])
-        no_item = _load_count(starts_ref.at[b, g, 0]) * 0
-        _, end = lax.fori_loop(0, last, part_step, (no_item, given))
-        put(part_of(last), end)
+        for block in blocks:
+            at = block * width
+            keep(
+                0,
+                at,
+                _zeros(width)
+                if given_ref is None
+                else _load_state(given_ref.at[b, g, columns, pl.ds(at, width)]),
+            )
+        plgpu.commit_smem()
+        _, copy = lax.fori_loop(0, last, part_step, (no_item, no_item))
+        for block in blocks:
+            at = block * width
+            ends_ref.at[b, g, part_of(last), columns, pl.ds(at, width)][...] = kept(copy, at, width)
 
     _end_together(s["ended"])
 
@@ -1292,11 +1317,9 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     width, blocks, slabs = plan.key_block, plan.key_dim // plan.key_block, plan.slabs
     # The program's own block of keys' columns comes first.
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
-    # Programs go through the chunks side by side, in the order of which the walk wrote last: those are in the L2 cache.
-    runs = plan.chunks // chunks
 
     def place_of(c: Any) -> Any:
-        return c * runs + run
+        return run * chunks + c
 
     def tokens(c: Any) -> Any:
         return pl.ds(place_of(c) * CHUNK, CHUNK)

@@ -16,6 +16,9 @@ from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, Plan
 _LOG2_E = math.log2(math.e)
 # 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
 _FORGET_LOG2 = -160.0
+# Of a state that has lost more than that between a chunk and the end of its part, nothing is looked for there: 5e-20 of
+# it. The kernels round a state to 2^-9 of itself before they multiply by it.
+_UNSEEN_LOG2 = -64.0
 # β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
 # number, and less than this writes nothing that bfloat16 could hold.
 _LEAST_BETA = 2.0**-24
@@ -93,8 +96,8 @@ class Visible(NamedTuple):
 def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> Visible:
     """What of a part need not be walked to know the states that enter the parts, and their cotangents.
 
-    In between a state loses all: with keys of length 1 and β to 2 it grows by nothing, and 2 to `_FORGET_LOG2` of it is
-    0 in float32.
+    In between a state loses nearly all: with keys of length 1 and β to 2 it grows by nothing, and 2 to `_UNSEEN_LOG2`
+    of it is left.
 
     Args:
         plan: of the launches.
@@ -108,7 +111,7 @@ def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> V
 
     def dead(where: Array) -> Array:
         decays = jnp.sum(jnp.where(where[None, None, None], totals, 0.0), axis=-1)
-        return decays <= _FORGET_LOG2
+        return decays <= _UNSEEN_LOG2
 
     # Number of first (last) chunks that leave (ask) nothing at the end (beginning) of the part: (B, G, P, 1).
     gone = jnp.sum(dead(other > chunk), axis=-1, keepdims=True, dtype=jnp.int32)
