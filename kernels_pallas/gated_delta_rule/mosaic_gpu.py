@@ -122,7 +122,7 @@ class Saved(NamedTuple):
 
     Attributes:
         gamma: γ, (B, G, T) float32.
-        states: that enter the chunks, (B, G, N, V, K) in the dtype of q.
+        states: that enter the chunks, every `state_stride`-th one, (B, G, N / stride, V, K) in the dtype of q.
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
         maps: transposed M of each piece, (B, G, P · pieces, 2, K, K) bfloat16, that add up; None where sequences are
             not cut.
@@ -216,7 +216,8 @@ def _forward(
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
     outputs = [((batch, plan.length, value_heads, plan.value_dim), plan.compute), (state_shape, jnp.float32)]
     if save_states:
-        outputs.append(((batch, value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute))
+        states = plan.chunks // plan.state_stride
+        outputs.append(((batch, value_heads, states, plan.value_dim, plan.key_dim), plan.compute))
     depths, scratch = kernels.forward_scratch(plan)
     o, final, *states = _launch(
         "gdn_forward",
@@ -341,7 +342,8 @@ def _backward(
     )
     blocks = plan.key_dim // plan.key_block
     key_places, stages, scratch = kernels.gradients_scratch(plan)
-    run = tiling.gpu_run(plan.chunks, batch * value_heads * blocks)
+    stride = plan.state_stride
+    run = stride * tiling.gpu_run(plan.chunks // stride, batch * value_heads * blocks)
     key_shape = (batch, plan.length, value_heads, plan.key_dim)
     gate_shape = (blocks, batch, value_heads, plan.length)
     dq, dk, dlog_decay, dbeta = _launch(

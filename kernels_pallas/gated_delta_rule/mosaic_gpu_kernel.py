@@ -111,6 +111,11 @@ class Plan:
         return self.key_dim > 128
 
     @property
+    def state_stride(self) -> int:
+        """Chunks for each state that is saved; the gradients make the others, where there is room for it."""
+        return 2 if self.chunks % 2 == 0 and self.key_dim <= 128 and self.value_dim <= 128 else 1
+
+    @property
     def key_block(self) -> int:
         """Keys' columns whose gradients a program can hold in registers."""
         return min(self.key_dim, 128)
@@ -862,7 +867,8 @@ def forward_body(
     *refs: Any,
     **s: Any,
 ) -> None:
-    """o, the state that leaves each part (B, G, P, V, K) and, if saved, those that enter the chunks (B, G, N, V, K).
+    """o, the state that leaves each part (B, G, P, V, K) and, if saved, those that enter the chunks, every
+    `state_stride`-th one (B, G, N / stride, V, K).
 
     `has_state`: what enters each part is given, else it is zero.
     """
@@ -919,6 +925,8 @@ def forward_body(
             slot, copy = lax.rem(n, stages), lax.rem(n, copies)
             plgpu.barrier_wait(s["came"].at[slot])
             low = state.astype(plan.compute)
+            stride = plan.state_stride
+            is_saved = lax.rem(first_chunk + n, stride) == 0
 
             def keep() -> None:
                 @pl.when(n >= copies)
@@ -926,7 +934,11 @@ def forward_body(
                     plgpu.barrier_wait(s["taken"].at[copy])
 
                 if save_states:
-                    plgpu.wait_smem_to_gmem(copies - 1, wait_read_only=True)
+                    # Its copy was last saved `copies` chunks ago, and since then as many as there are strides between.
+                    left = functools.partial(
+                        plgpu.wait_smem_to_gmem, copies // stride - 1, wait_read_only=True
+                    )
+                    pl.when(is_saved)(left) if stride > 1 else left()
                 s["state"].at[copy][...] = low
 
             if plan.wide:
@@ -959,10 +971,13 @@ def forward_body(
                 s["written"].at[copy].T[...] = written.astype(plan.compute)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["handed"].at[copy])
+
+                def save() -> None:
+                    place = lax.div(first_chunk + n, stride)
+                    plgpu.copy_smem_to_gmem(s["state"].at[copy], states_ref.at[b, g, place, columns])
+
                 if states_ref is not None:
-                    plgpu.copy_smem_to_gmem(
-                        s["state"].at[copy], states_ref.at[b, g, first_chunk + n, columns]
-                    )
+                    pl.when(is_saved)(save) if stride > 1 else save()
 
             # Eq. (8).
             faded = (written * _across(fading)).astype(plan.compute)
@@ -1245,6 +1260,10 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
     """(places of k, stages of 64 columns of V, shared memory) of `gradients_body`."""
     width, blocks = plan.key_block, plan.key_dim // plan.key_block
 
+    def state_places(stages: int) -> int:
+        # States that the kernel makes itself take the places of those that they are made of.
+        return stages if plan.state_stride == 1 else max(2, plan.slabs)
+
     def scratch(key_places: int, stages: int) -> dict[str, Any]:
         square, staged = (1, CHUNK, CHUNK), (stages, CHUNK, CHUNK)
         buffers = {
@@ -1256,7 +1275,7 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             "v": tiled(staged, plan.compute),
             "do": tiled(staged, plan.compute),
             "dv": tiled(staged, plan.compute),
-            "state": tiled((stages * blocks, CHUNK, width), plan.compute),
+            "state": tiled((state_places(stages) * blocks, CHUNK, width), plan.compute),
             "dstate": tiled((stages, CHUNK, width), plan.compute),
             "missing": tiled(square, plan.compute),
             "written": tiled(square, plan.compute),
@@ -1289,8 +1308,9 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
             ("state", 2, blocks),
             ("dstate", 2, 1),
         ):
-            buffers[f"{name}_came"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-            buffers[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+            places = state_places(stages) if name == "state" else stages
+            buffers[f"{name}_came"] = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
+            buffers[f"{name}_free"] = plgpu.Barrier(num_arrivals=readers, num_barriers=places)
         return buffers
 
     for key_places, stages in ((2, 3), (2, 2), (2, 1), (1, 1)):
@@ -1305,7 +1325,8 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as
     they came if a block is all of K; else what eq. (27) subtracts is missing.
 
-    One warpgroup makes dq, dβ and what pairs of tokens do to each other, one dk and d log α. Of q, which both want last,
+    One warpgroup makes dq, dβ and what pairs of tokens do to each other, one dk and d log α. Where only every second
+    state was saved, the first one makes the other, in the place of that, by eq. (8). Of q, which both want last,
     and of T there is one place, of k two, if they fit: dk then leaves by that of k.
     """
     q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
@@ -1357,6 +1378,21 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     def key_place(c: Any) -> Any:
         return lax.rem(c, key_places) * blocks
 
+    stride = plan.state_stride
+    state_places = s["state"].shape[0] // blocks
+
+    def state_item(c: Any, slab: int) -> Any:
+        """Number of a saved state of 64 columns of V, among those of the program."""
+        return lax.div(c, stride) * slabs + slab
+
+    def state_place(c: Any, slab: int) -> Any:
+        return lax.rem(state_item(c, slab), state_places)
+
+    def free_state(c: Any, slab: int) -> None:
+        """The place is free when the last chunk that reads it has."""
+        free = functools.partial(plgpu.barrier_arrive, s["state_free"].at[state_place(c, slab)])
+        pl.when(lax.rem(c, stride) == stride - 1)(free) if stride > 1 else free()
+
     def without_length(dx: jax.Array, x: Any, along: jax.Array, lengths: jax.Array) -> jax.Array:
         """Eq. (27): dx less its part along x, from x · dx and one over the length of x, row by row."""
         share = _down(along * lengths * lengths)
@@ -1374,24 +1410,28 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
         def columns(ref: Any) -> Callable[[Any, int], list[Any]]:
             return lambda c, slab: [ref.at[b, tokens(c), g, pl.ds(slab * CHUNK, CHUNK)]]
 
-        def states(ref: Any, which: list[Any]) -> Callable[[Any, int], list[Any]]:
-            return lambda c, slab: [
-                ref.at[b, g, place_of(c), pl.ds(slab * CHUNK, CHUNK), columns] for columns in which
+        def states(ref: Any, which: list[Any], place: Any, slab: int) -> list[Any]:
+            return [
+                ref.at[b, g, place, pl.ds(slab * CHUNK, CHUNK), columns] for columns in which
             ]
 
         sources = {
             "v": columns(v_ref),
-            "state": states(states_ref, key_columns),
+            "state": lambda c, slab: states(
+                states_ref, key_columns, lax.div(place_of(c), stride), slab
+            ),
             "dv": columns(dv_ref),
             "do": columns(do_ref),
-            "dstate": states(dstates_ref, key_columns[:1]),
+            "dstate": lambda c, slab: states(dstates_ref, key_columns[:1], place_of(c), slab),
         }
 
         def issue(name: str, c: Any, slab: int) -> None:
-            item = c * slabs + slab
-            slot = lax.rem(item, stages)
+            item, places = (
+                (state_item(c, slab), state_places) if name == "state" else (c * slabs + slab, stages)
+            )
+            slot = lax.rem(item, places)
 
-            @pl.when(item >= stages)
+            @pl.when(item >= places)
             def _() -> None:
                 plgpu.barrier_wait(s[f"{name}_free"].at[slot])
 
@@ -1439,19 +1479,36 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 for name in sources:
                     if slab == min(slabs, stages) - 1 and name == "state":
                         issue_inverse(c)
-                    issue(name, c, slab)
+                    load = functools.partial(issue, name, c, slab)
+                    pl.when(lax.rem(c, stride) == 0)(load) if name == "state" and stride > 1 else load()
             issue_queries(c)
 
         _wait_for_last(chunks, key_places, s["k_free"])
         plgpu.barrier_wait(s["q_free"])
         plgpu.barrier_wait(s["inverse_free"])
-        for item in range(max(chunks * slabs - stages, 0), chunks * slabs):
-            for name in sources:
-                plgpu.barrier_wait(s[f"{name}_free"].at[item % stages])
+        for name in sources:
+            items, places = (
+                (chunks // stride * slabs, state_places) if name == "state" else (chunks * slabs, stages)
+            )
+            for item in range(max(items - places, 0), items):
+                plgpu.barrier_wait(s[f"{name}_free"].at[item % places])
 
     @pl.when(warpgroup == 0)
     def _queries() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+
+        def next_state(c: Any, at: Callable[..., Any], place: Any) -> None:
+            """Eq. (8), once the other warpgroup, which has handed over V', has read the state before."""
+            last = last_of("query_gamma", c)
+            fading = jnp.exp2(last - _load(gate_columns(c), _COLUMNS))
+            faded = (_load(at("written").T).astype(_FLOAT) * _across(fading)).astype(plan.compute)
+            # Half of K at a time, since there are few registers.
+            for columns in (pl.ds(start, CHUNK) for start in range(0, width, CHUNK)):
+                state, k = (x.at[:, columns] for x in (at("state", place), at("k", key_place(c))))
+                (made,) = _sums(plan, (_load(state).astype(_FLOAT) * jnp.exp2(last), [(faded, k)]))
+                state[...] = made.astype(plan.compute)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["state_came"].at[place])
 
         def chunk(c: Any, carry: None) -> None:
             dq = dscores = dpairs = through = _nothing_yet()
@@ -1460,17 +1517,15 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             for slab in range(slabs):
                 slot = lax.rem(c * slabs + slab, stages)
                 at = places(c, "query_gamma")
-                for name in ("do", "state", "dstate"):
+                for name in ("do", "dstate"):
                     plgpu.barrier_wait(s[f"{name}_came"].at[slot])
-                do, dv, dstate, state = (
-                    at("do", slot),
-                    at("dv", slot),
-                    at("dstate", slot),
-                    at("state", slot * blocks),
-                )
+                place = state_place(c, slab)
+                plgpu.barrier_wait(s["state_came"].at[place])
+                do, dv, dstate = (at(name, slot) for name in ("do", "dv", "dstate"))
+                state = at("state", place * blocks)
                 # Of the second only the diagonal counts: ⟨dS', S⟩, column by column of V.
                 dq, flow = _sums(plan, (dq, [(do, state)]), (None, [(state, dstate.T)]))
-                plgpu.barrier_arrive(s["state_free"].at[slot])
+                free_state(c, slab)
                 plgpu.barrier_arrive(s["dstate_free"].at[slot])
                 row, column = _indices(gate("query_gamma", c))
                 flow = jnp.sum(jnp.where(row == column, flow, 0.0), axis=1)
@@ -1479,9 +1534,11 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 plgpu.barrier_wait(s["handed"])
                 written = at("written").T
                 dscores, dpairs = _sums(plan, (dscores, [(do, written)]), (dpairs, [(dv, written)]))
-                plgpu.barrier_arrive(s["taken"])
                 for name in ("do", "dv"):
                     plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
+                if stride > 1:
+                    pl.when(lax.rem(c, stride) == 0)(functools.partial(next_state, c, at, place))
+                plgpu.barrier_arrive(s["taken"])
             # dq and dβ of the chunk before have left.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             row, column = _indices(gate("query_gamma", c))
@@ -1568,10 +1625,11 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             for slab in range(slabs):
                 slot = lax.rem(c * slabs + slab, stages)
                 at = places(c, "key_gamma")
-                for name in ("state", "v"):
-                    plgpu.barrier_wait(s[f"{name}_came"].at[slot])
+                place = state_place(c, slab)
+                plgpu.barrier_wait(s["state_came"].at[place])
+                plgpu.barrier_wait(s["v_came"].at[slot])
                 recalls = [
-                    (at("k", key_place(c) + i), at("state", slot * blocks + i).T) for i in range(blocks)
+                    (at("k", key_place(c) + i), at("state", place * blocks + i).T) for i in range(blocks)
                 ]
                 (recalled,) = _sums(plan, (None, recalls))
                 if slab == 0:
@@ -1590,9 +1648,9 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 written, dk_in = _sums(
                     plan,
                     (None, [(at("inverse"), at("missing"))]),
-                    (dk_in, [(at("dv", slot), at("state", slot * blocks))]),
+                    (dk_in, [(at("dv", slot), at("state", place * blocks))]),
                 )
-                plgpu.barrier_arrive(s["state_free"].at[slot])
+                free_state(c, slab)
                 plgpu.barrier_arrive(s["dv_free"].at[slot])
                 if slab == slabs - 1:
                     plgpu.barrier_arrive(s["inverse_free"])
