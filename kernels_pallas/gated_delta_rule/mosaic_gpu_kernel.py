@@ -1532,13 +1532,16 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 through = flow if through is None else through + flow
                 plgpu.barrier_wait(s["dv_came"].at[slot])
                 plgpu.barrier_wait(s["handed"])
+                make_next = functools.partial(next_state, c, at, place)
+                # When few sums are in registers: before any are of the pairs, or after all of them have left.
+                if stride > 1 and slab < slabs - 1:
+                    pl.when(lax.rem(c, stride) == 0)(make_next)
                 written = at("written").T
                 dscores, dpairs = _sums(plan, (dscores, [(do, written)]), (dpairs, [(dv, written)]))
                 for name in ("do", "dv"):
                     plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
-                if stride > 1:
-                    pl.when(lax.rem(c, stride) == 0)(functools.partial(next_state, c, at, place))
-                plgpu.barrier_arrive(s["taken"])
+                if stride == 1 or slab < slabs - 1:
+                    plgpu.barrier_arrive(s["taken"])
             # dq and dβ of the chunk before have left.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             row, column = _indices(gate("query_gamma", c))
@@ -1562,6 +1565,9 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             at("dgram")[...] = dgram
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["pairs_handed"])
+            if stride > 1:
+                pl.when(lax.rem(c, stride) == 0)(make_next)
+                plgpu.barrier_arrive(s["taken"])
             dq = dq * _down(jnp.exp2(gamma) * scale, width)
             dq = _dot(plan, at("dscores"), at("k", key_place(c)), dq)
             plgpu.barrier_wait(s["q_came"])
