@@ -1381,17 +1381,39 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     stride = plan.state_stride
     state_places = s["state"].shape[0] // blocks
 
-    def state_item(c: Any, slab: int) -> Any:
+    def state_item(c: Any, slab: Any) -> Any:
         """Number of a saved state of 64 columns of V, among those of the program."""
         return lax.div(c, stride) * slabs + slab
 
-    def state_place(c: Any, slab: int) -> Any:
+    def state_place(c: Any, slab: Any) -> Any:
         return lax.rem(state_item(c, slab), state_places)
 
-    def free_state(c: Any, slab: int) -> None:
+    def free_state(c: Any, slab: Any) -> None:
         """The place is free when the last chunk that reads it has."""
         free = functools.partial(plgpu.barrier_arrive, s["state_free"].at[state_place(c, slab)])
         pl.when(lax.rem(c, stride) == stride - 1)(free) if stride > 1 else free()
+
+    def for_slabs(step: Callable[[Any, Any], Any], sums: tuple[int, ...]) -> tuple[Any, ...]:
+        """What `step` makes of so many sums, of so many columns, with each 64 columns of V; 0 columns: one for each row.
+
+        One after the other where they are many: written out, the compiler would keep all their addresses at once (K = 128,
+        V = 256: 280 bytes a thread for 104; but K = V = 256: 72 for 128).
+        """
+        if slabs <= 2 or blocks > 1:
+            carry = tuple(_nothing_yet() for _ in sums)
+            for slab in range(slabs):
+                carry = step(slab, carry)
+            return carry
+        first = tuple(_zeros(n) if n else jnp.sum(_zeros(CHUNK), axis=1) for n in sums)
+        return lax.fori_loop(0, slabs, step, first)
+
+    def when(condition: Any, do: Callable[[], Any]) -> None:
+        """`pl.when`, for conditions that may be known."""
+        if isinstance(condition, bool):
+            if condition:
+                do()
+        else:
+            pl.when(condition)(do)
 
     def without_length(dx: jax.Array, x: Any, along: jax.Array, lengths: jax.Array) -> jax.Array:
         """Eq. (27): dx less its part along x, from x · dx and one over the length of x, row by row."""
@@ -1407,10 +1429,10 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     def _move() -> None:
         plgpu.set_max_registers(_MOVER_REGISTERS, action="decrease")
 
-        def columns(ref: Any) -> Callable[[Any, int], list[Any]]:
+        def columns(ref: Any) -> Callable[[Any, Any], list[Any]]:
             return lambda c, slab: [ref.at[b, tokens(c), g, pl.ds(slab * CHUNK, CHUNK)]]
 
-        def states(ref: Any, which: list[Any], place: Any, slab: int) -> list[Any]:
+        def states(ref: Any, which: list[Any], place: Any, slab: Any) -> list[Any]:
             return [
                 ref.at[b, g, place, pl.ds(slab * CHUNK, CHUNK), columns] for columns in which
             ]
@@ -1425,7 +1447,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             "dstate": lambda c, slab: states(dstates_ref, key_columns[:1], place_of(c), slab),
         }
 
-        def issue(name: str, c: Any, slab: int) -> None:
+        def issue(name: str, c: Any, slab: Any) -> None:
             item, places = (
                 (state_item(c, slab), state_places) if name == "state" else (c * slabs + slab, stages)
             )
@@ -1475,12 +1497,16 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
         def _chunk(c: Any) -> None:
             # In the order in which they become free.
             issue_keys(c)
-            for slab in range(slabs):
+
+            def issue_slab(slab: Any, carry: Any) -> Any:
                 for name in sources:
-                    if slab == min(slabs, stages) - 1 and name == "state":
-                        issue_inverse(c)
+                    if name == "state":
+                        when(slab == min(slabs, stages) - 1, functools.partial(issue_inverse, c))
                     load = functools.partial(issue, name, c, slab)
                     pl.when(lax.rem(c, stride) == 0)(load) if name == "state" and stride > 1 else load()
+                return carry
+
+            for_slabs(issue_slab, ())
             issue_queries(c)
 
         _wait_for_last(chunks, key_places, s["k_free"])
@@ -1497,8 +1523,9 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     def _queries() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
-        def next_state(c: Any, at: Callable[..., Any], place: Any) -> None:
+        def next_state(c: Any, slab: int) -> None:
             """Eq. (8), once the other warpgroup, which has handed over V', has read the state before."""
+            at, place = places(c, "query_gamma"), state_place(c, slab)
             last = last_of("query_gamma", c)
             fading = jnp.exp2(last - _load(gate_columns(c), _COLUMNS))
             faded = (_load(at("written").T).astype(_FLOAT) * _across(fading)).astype(plan.compute)
@@ -1511,10 +1538,10 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.barrier_arrive(s["state_came"].at[place])
 
         def chunk(c: Any, carry: None) -> None:
-            dq = dscores = dpairs = through = _nothing_yet()
             plgpu.barrier_wait(s["k_came"].at[lax.rem(c, key_places)])
-            at = places(c, "query_gamma")
-            for slab in range(slabs):
+
+            def step(slab: Any, sums: Any) -> tuple[Any, ...]:
+                dq, dscores, dpairs, through = sums
                 slot = lax.rem(c * slabs + slab, stages)
                 at = places(c, "query_gamma")
                 for name in ("do", "dstate"):
@@ -1532,16 +1559,19 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 through = flow if through is None else through + flow
                 plgpu.barrier_wait(s["dv_came"].at[slot])
                 plgpu.barrier_wait(s["handed"])
-                make_next = functools.partial(next_state, c, at, place)
                 # When few sums are in registers: before any are of the pairs, or after all of them have left.
                 if stride > 1 and slab < slabs - 1:
-                    pl.when(lax.rem(c, stride) == 0)(make_next)
+                    pl.when(lax.rem(c, stride) == 0)(functools.partial(next_state, c, slab))
                 written = at("written").T
                 dscores, dpairs = _sums(plan, (dscores, [(do, written)]), (dpairs, [(dv, written)]))
                 for name in ("do", "dv"):
                     plgpu.barrier_arrive(s[f"{name}_free"].at[slot])
                 if stride == 1 or slab < slabs - 1:
                     plgpu.barrier_arrive(s["taken"])
+                return dq, dscores, dpairs, through
+
+            dq, dscores, dpairs, through = for_slabs(step, (width, CHUNK, CHUNK, 0))
+            at = places(c, "query_gamma")
             # dq and dβ of the chunk before have left.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             row, column = _indices(gate("query_gamma", c))
@@ -1566,7 +1596,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["pairs_handed"])
             if stride > 1:
-                pl.when(lax.rem(c, stride) == 0)(make_next)
+                pl.when(lax.rem(c, stride) == 0)(functools.partial(next_state, c, slabs - 1))
                 plgpu.barrier_arrive(s["taken"])
             dq = dq * _down(jnp.exp2(gamma) * scale, width)
             dq = _dot(plan, at("dscores"), at("k", key_place(c)), dq)
@@ -1609,7 +1639,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
 
         def chunk(c: Any, carry: None) -> None:
             # What dk gets through the states that enter and leave the chunk, before their decays.
-            dk_in = dk_out = ends = _nothing_yet()
+            ends = _nothing_yet()
             plgpu.barrier_wait(s["k_came"].at[lax.rem(c, key_places)])
             at = places(c, "key_gamma")
 
@@ -1628,7 +1658,9 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 dk_in = dk_in * _down(factor * lengths() if plan.normed else factor, width)
                 return dk_in, by_key(dk_in)
 
-            for slab in range(slabs):
+            def step(slab: Any, sums: Any) -> tuple[Any, ...]:
+                nonlocal ends
+                dk_in, dk_out = sums
                 slot = lax.rem(c * slabs + slab, stages)
                 at = places(c, "key_gamma")
                 place = state_place(c, slab)
@@ -1638,8 +1670,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                     (at("k", key_place(c) + i), at("state", place * blocks + i).T) for i in range(blocks)
                 ]
                 (recalled,) = _sums(plan, (None, recalls))
-                if slab == 0:
-                    pl.when(c > 0)(functools.partial(left, c - 1))
+                when(slab == 0, lambda: pl.when(c > 0)(functools.partial(left, c - 1)))
                 gamma, root = _load(gate("key_gamma", c), _ROWS), _load(gate("root", c), _ROWS)
                 offered = _load(at("v", slot)).astype(_FLOAT) * _down(root)
                 missing = offered - recalled * _down(key_roots() * jnp.exp2(gamma))
@@ -1648,8 +1679,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["v_free"].at[slot])
                 plgpu.barrier_wait(s["dv_came"].at[slot])
-                if slab == 0:
-                    plgpu.barrier_wait(s["inverse_came"])
+                when(slab == 0, functools.partial(plgpu.barrier_wait, s["inverse_came"]))
                 # Eq. (6) once more.
                 written, dk_in = _sums(
                     plan,
@@ -1658,8 +1688,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 )
                 free_state(c, slab)
                 plgpu.barrier_arrive(s["dv_free"].at[slot])
-                if slab == slabs - 1:
-                    plgpu.barrier_arrive(s["inverse_free"])
+                when(slab == slabs - 1, functools.partial(plgpu.barrier_arrive, s["inverse_free"]))
 
                 @pl.when(c * slabs + slab > 0)
                 def _() -> None:
@@ -1674,6 +1703,10 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
                 plgpu.barrier_wait(s["dstate_came"].at[slot])
                 (dk_out,) = _sums(plan, (dk_out, [(at("written"), at("dstate", slot))]))
                 plgpu.barrier_arrive(s["dstate_free"].at[slot])
+                return dk_in, dk_out
+
+            dk_in, dk_out = for_slabs(step, (width, width))
+            at = places(c, "key_gamma")
             if slabs > 1:
                 dk_in, ends = decayed_in(dk_in)
             gamma, last = _load(gate("key_gamma", c), _ROWS), last_of("key_gamma", c)
