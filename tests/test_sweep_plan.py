@@ -79,7 +79,9 @@ def test_as_many_points_as_fit_into_an_accelerator():
         def memory_stats(self):
             return {"bytes_limit": self.limit}
 
-    programs = {width: Program(tiny.MODEL.gdn_config(width, 257), tiny.OPTIMIZER, steps=9) for width in (8, 16)}
+    programs = {
+        width: Program(tiny.MODEL.gdn_config(width, 257), tiny.OPTIMIZER, steps=9) for width in (8, 16)
+    }
     fit = points_that_fit(programs, 1024, Device())
     assert fit[8] > fit[16] > 8
     Device.limit = 2**34
@@ -93,7 +95,9 @@ def test_the_plan_says_where_how_much_and_how_long():
     programs = {
         width: Program(tiny.MODEL.gdn_config(width, 257), tiny.OPTIMIZER, steps=100) for width in (8, 16)
     }
-    plan = plan_sweep({8: list("ab"), 16: list("cd")}, {8: 1, 16: 2}, processes=1, devices=4, per_device=EACH[1])
+    plan = plan_sweep(
+        {8: list("ab"), 16: list("cd")}, {8: 1, 16: 2}, processes=1, devices=4, per_device=EACH[1]
+    )
     lines = describe(plan, programs, {8: 100_000, 16: 200_000}, 1024, jax.devices()[0])
     assert lines[0].startswith("width 8: 2 points on devices 0 to 1, in 1 pack; about 0.0")
     assert lines[1].startswith("width 16: 2 points on devices 2 to 3, in 1 pack; about 0.0")

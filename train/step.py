@@ -224,8 +224,8 @@ class Program:
         return self.loss_sum(state.params, state.constants, batch)
 
 
-# A sweep's runs are short. Autotuning takes longer than it saves them (28.9 ms a step in place of 30.8 at width 256 on an
-# H100), and takes the GPU from the width that runs meanwhile; without it Triton's matrix products are 7 times slower.
+# A sweep's runs are short. Autotuning takes longer than it saves them (28.9 ms a step in place of 30.8 at width 256 on
+# an H100), and takes the GPU from the width that runs meanwhile; without it Triton's products are 7 times slower.
 _QUICK_ON_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
