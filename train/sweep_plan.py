@@ -25,7 +25,7 @@ _UNITS_PER_CORE_S = 2.4e10
 # Of its peak a small model gets about so much from an accelerator; a guess, for a time that is called one.
 _USUAL_MFU = 0.05
 # Of a device's memory so much may be planned for points.
-_OF_MEMORY = 0.9
+_OF_MEMORY = 0.92
 
 
 class Lane(NamedTuple):
@@ -62,10 +62,10 @@ def points_that_fit(programs: Mapping[int, Program], tokens: int, device: Any) -
     if device.platform == "cpu":
         return dict.fromkeys(programs, 1)
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None or jax.process_count() > 1:
-        # Processes plan on their own, and must plan the same.
+    if device.platform != "gpu" or limit is None or jax.process_count() > 1:
+        # On a TPU the memory of a point was not measured. Processes plan on their own, and must plan the same.
         return dict.fromkeys(programs, 8)
-    # Few points of a small model leave an accelerator waiting for the host.
+    # Few points of a small model leave a GPU waiting for the host.
     return {
         width: max(1, int(_OF_MEMORY * limit / _device_bytes(program, tokens)))
         for width, program in programs.items()
