@@ -139,6 +139,17 @@ def test_seeds_only_near_the_optimum_do_not_bias_it():
     assert None not in preset["interval"].values()
 
 
+def test_a_run_that_blew_up_is_not_charged_to_its_seed():
+    """With it in the seed's effect, rates that only this seed ran would seem better by a share of it."""
+    rows = basin("mup", 0.0, seeds=5)
+    rows = [r for r in rows if r["seed"] == 0 or abs(np.log2(r["learning_rate"]) - -7.5) < 1.01]
+    expected = analyse(rows)["presets"]["mup"]["best_run"]["64"]
+    for r in rows:
+        if r["seed"] == 0 and r["learning_rate"] == 2.0**-6.5:
+            r["val_loss"] += 1.4
+    assert analyse(rows)["presets"]["mup"]["best_run"]["64"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_learning_rates_without_a_common_seed_cannot_be_compared():
     rows = [row(learning_rate=2.0**-k, seed=k % 2) for k in range(4, 12)]
     with pytest.raises(ValueError, match="mup, width 64: some learning rates share no seed"):

@@ -14,15 +14,16 @@ import pytest
 import tiny
 
 from train.step import Program
-from train.sweep_plan import Lane, describe, plan_sweep
+from train.sweep_plan import Lane, describe, plan_sweep, points_that_fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDTHS = {64: list("abcdefgh"), 128: list("ijklmnop"), 256: list("qrstuvwx")}
 COSTS = {64: 1, 128: 2, 256: 4}
+EACH = {count: dict.fromkeys((8, 16, 64, 128, 256), count) for count in (1, 8)}
 
 
 def test_widths_run_at_the_same_time_where_devices_are_enough():
-    plan = plan_sweep(WIDTHS, COSTS, processes=1, devices=8, per_device=1)
+    plan = plan_sweep(WIDTHS, COSTS, processes=1, devices=8, per_device=EACH[1])
     assert [lane.widths for lane in plan.lanes] == [(64,), (128,), (256,)]
     # Each device once, the widest width on the most of them.
     assert sorted(index for lane in plan.lanes for index in lane.devices) == list(range(8))
@@ -32,20 +33,20 @@ def test_widths_run_at_the_same_time_where_devices_are_enough():
 
 
 def test_otherwise_one_after_another_on_all():
-    assert plan_sweep(WIDTHS, COSTS, processes=1, devices=2, per_device=1).lanes == [
+    assert plan_sweep(WIDTHS, COSTS, processes=1, devices=2, per_device=EACH[1]).lanes == [
         Lane(0, (0, 1), (64, 128, 256))
     ]
-    one = plan_sweep({64: ["a"]}, COSTS, processes=1, devices=8, per_device=1)
+    one = plan_sweep({64: ["a"]}, COSTS, processes=1, devices=8, per_device=EACH[1])
     assert one.lanes == [Lane(0, tuple(range(8)), (64,))]
     # A narrow width is not worth a device of its own for as long as a wide one runs on the rest.
     uneven = plan_sweep(
-        {64: ["a"], 256: list("bcdefghi")}, {64: 1, 256: 4}, processes=1, devices=8, per_device=1
+        {64: ["a"], 256: list("bcdefghi")}, {64: 1, 256: 4}, processes=1, devices=8, per_device=EACH[1]
     )
     assert uneven.lanes == [Lane(0, tuple(range(8)), (64, 256))]
 
 
 def test_processes_share_the_cost_and_no_lane_spans_two():
-    plan = plan_sweep(WIDTHS, COSTS, processes=4, devices=2, per_device=1)
+    plan = plan_sweep(WIDTHS, COSTS, processes=4, devices=2, per_device=EACH[1])
     shares = [
         sum(COSTS[width] * len(points) for (owner, width), points in plan.points.items() if owner == process)
         for process in range(4)
@@ -59,23 +60,44 @@ def test_processes_share_the_cost_and_no_lane_spans_two():
 
 
 def test_more_processes_than_points():
-    plan = plan_sweep({64: ["a"]}, {64: 1}, processes=4, devices=1, per_device=8)
+    plan = plan_sweep({64: ["a"]}, {64: 1}, processes=4, devices=1, per_device=EACH[8])
     assert [lane.process for lane in plan.lanes] == [2]
     # Not 8: nobody would be served.
     assert plan.pack_size(plan.lanes[0], 64) == 1
 
 
 def test_packs_are_of_one_size():
-    plan = plan_sweep({64: list(range(50))}, {64: 1}, processes=1, devices=2, per_device=8)
+    plan = plan_sweep({64: list(range(50))}, {64: 1}, processes=1, devices=2, per_device=EACH[8])
     # 4 packs of 14, not 3 of 16 and one of 2.
     assert plan.pack_size(plan.lanes[0], 64) == 14
+
+
+def test_as_many_points_as_fit_into_an_accelerator():
+    class Device:
+        platform, limit = "gpu", 2**30
+
+        def memory_stats(self):
+            return {"bytes_limit": self.limit}
+
+    programs = {
+        width: Program(tiny.MODEL.gdn_config(width, 257), tiny.OPTIMIZER, steps=9) for width in (8, 16)
+    }
+    fit = points_that_fit(programs, 1024, Device())
+    assert fit[8] > fit[16] > 8
+    Device.limit = 2**34
+    assert points_that_fit(programs, 1024, Device())[8] in range(16 * fit[8], 16 * (fit[8] + 1))
+    Device.limit = 1
+    assert points_that_fit(programs, 1024, Device()) == {8: 1, 16: 1}
+    assert points_that_fit(programs, 1024, jax.devices()[0]) == {8: 1, 16: 1}
 
 
 def test_the_plan_says_where_how_much_and_how_long():
     programs = {
         width: Program(tiny.MODEL.gdn_config(width, 257), tiny.OPTIMIZER, steps=100) for width in (8, 16)
     }
-    plan = plan_sweep({8: list("ab"), 16: list("cd")}, {8: 1, 16: 2}, processes=1, devices=4, per_device=1)
+    plan = plan_sweep(
+        {8: list("ab"), 16: list("cd")}, {8: 1, 16: 2}, processes=1, devices=4, per_device=EACH[1]
+    )
     lines = describe(plan, programs, {8: 100_000, 16: 200_000}, 1024, jax.devices()[0])
     assert lines[0].startswith("width 8: 2 points on devices 0 to 1, in 1 pack; about 0.0")
     assert lines[1].startswith("width 16: 2 points on devices 2 to 3, in 1 pack; about 0.0")

@@ -125,11 +125,25 @@ def _seed_means(by_seed: Sequence[Mapping[int, float]], what: str) -> np.ndarray
     """
     if all(losses.keys() == by_seed[0].keys() for losses in by_seed):
         return np.array([np.mean(list(losses.values())) for losses in by_seed])
+    # A run that blew up says nothing of its seed; what it lost must not be charged to the seed elsewhere.
+    steady = list(by_seed)
+    while True:
+        effects = _seed_effects(steady, what)
+        spreads = [np.ptp([loss - effects[seed] for seed, loss in losses.items()]) for losses in steady]
+        if max(spreads) <= BLOWN_UP:
+            break
+        del steady[int(np.argmax(spreads))]
+    return np.array(
+        [np.mean([loss - effects.get(seed, 0.0) for seed, loss in losses.items()]) for losses in by_seed]
+    )
+
+
+def _seed_effects(by_seed: Sequence[Mapping[int, float]], what: str) -> dict[int, float]:
+    """What each seed adds to the loss, by least squares beside what each learning rate does; they add up to 0."""
     seeds = sorted(set().union(*by_seed))
     design, target = [], []
     for index, losses in enumerate(by_seed):
         for seed, loss in losses.items():
-            # loss = effect[learning rate] + effect[seed], the seeds' effects adding up to 0.
             row = np.zeros(len(by_seed) + len(seeds) - 1)
             row[index] = 1.0
             if seed == seeds[-1]:
@@ -138,13 +152,14 @@ def _seed_means(by_seed: Sequence[Mapping[int, float]], what: str) -> np.ndarray
                 row[len(by_seed) + seeds.index(seed)] = 1.0
             design.append(row)
             target.append(loss)
-    effects, _, rank, _ = np.linalg.lstsq(np.array(design), np.array(target))
-    if rank < effects.size:
+    fitted, _, rank, _ = np.linalg.lstsq(np.array(design), np.array(target))
+    if rank < fitted.size:
         raise ValueError(
             f"some {what}s share no seed with the others, so their losses cannot be compared; "
             f"run one seed at every {what}"
         )
-    return effects[: len(by_seed)]
+    of_seeds = fitted[len(by_seed) :].tolist()
+    return dict(zip(seeds, [*of_seeds, -sum(of_seeds)], strict=True))
 
 
 def _vertex(log2_x: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

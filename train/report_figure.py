@@ -92,7 +92,8 @@ def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]
     span = float(np.ptp(best)) + max(wall, 0.02)
     top = min(float(best.min()) + span, max(float(curve.loss.max()) for curve in basins))
     span = max(top - float(best.min()), 0.02)
-    return float(best.min()) - 0.07 * span, top + 0.05 * span
+    lowest = min(float(np.min(curve.loss - np.nan_to_num(seed_range(curve)[0]))) for curve in basins)
+    return lowest - 0.07 * span, top + 0.05 * span
 
 
 def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pathlib.Path) -> None:

@@ -35,7 +35,7 @@ class SweepOptions:
     vary: tuple[str, ...] = ()
     """NAME=VALUES of weight_decay, or of the factors embedding_lr, gate_lr, init_scale; each with each is run."""
     points_per_device: int | None = None
-    """Points that one device trains side by side; by default 1 on a CPU, and 8 on an accelerator."""
+    """Points that one device trains side by side; by default 1 on a CPU, as many as fit on a GPU, else 8."""
 
     def __post_init__(self) -> None:
         for name in ("widths", "learning_rates", "presets", "seeds"):
