@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK
+from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, state_stride
 from kernels_pallas.gated_delta_rule.shapes import Shape
 
 # Of a device whose name has the word: bytes and floating-point operations a second, as a copy within its memory and a
@@ -58,7 +58,9 @@ def launch_costs(shape: Shape) -> dict[str, Cost]:
     k, v = shape.key_dim, shape.value_dim
     slabs, blocks = -(-v // CHUNK), -(-k // 128)
     square = k * v
-    inverse, states = CHUNK * pairs, square * pairs // CHUNK
+    inverse, dstates = CHUNK * pairs, square * pairs // CHUNK
+    stride = state_stride(-(-shape.length // CHUNK), k, v)
+    states = dstates // stride
     return {
         "gdn_inverse": Cost(
             # Beside k · kᵀ, products of 16 columns: of 64 rows of the diagonal blocks, of fewer above.
@@ -70,12 +72,15 @@ def launch_costs(shape: Shape) -> dict[str, Cost]:
             2 * pairs * (3 * square + CHUNK * (2 * v + slabs * k)),
         ),
         "gdn_walk": Cost(
-            _HALF * (2 * keys + 2 * values + inverse + states) + 2 * _GATE * gates,
+            _HALF * (2 * keys + 2 * values + inverse + dstates) + 2 * _GATE * gates,
             2 * pairs * (3 * square + CHUNK * (2 * v + slabs * k)),
         ),
         "gdn_gradients": Cost(
-            _HALF * (2 * keys + 3 * values + inverse + 2 * states + 2 * k * pairs) + 4 * _GATE * gates,
-            2 * pairs * ((4 + blocks) * square + CHUNK * (3 * blocks * v + 4 * k)),
+            _HALF * (2 * keys + 3 * values + inverse + states + dstates + 2 * k * pairs) + 4 * _GATE * gates,
+            # Every `stride`-th state is read, the others are made.
+            2
+            * pairs
+            * ((4 + blocks) * square + (stride - 1) * square // stride + CHUNK * (3 * blocks * v + 4 * k)),
         ),
     }
 

@@ -235,7 +235,9 @@ def _forward(
         if maps is None:
             maps = jnp.zeros((batch, value_heads, 0, 2, plan.key_dim, plan.key_dim), jnp.bfloat16)
         # Not read.
-        saved.append(jnp.pad(maps, [(0, most_pieces - maps.shape[2]) if i == 2 else (0, 0) for i in range(6)]))
+        saved.append(
+            jnp.pad(maps, [(0, most_pieces - maps.shape[2]) if i == 2 else (0, 0) for i in range(6)])
+        )
     return [o, final, *saved]
 
 
@@ -310,7 +312,9 @@ def _backward(
     whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     stages, copies, scratch = kernels.walk_scratch(plan)
 
-    def walk(name: str, parts: int, extra: list[Array], outputs: list[tuple[tuple[int, ...], Any]]) -> list[Array]:
+    def walk(
+        name: str, parts: int, extra: list[Array], outputs: list[tuple[tuple[int, ...], Any]]
+    ) -> list[Array]:
         local = name == "gdn_local_walk"
         operands = [whole_q, whole_k, whole_do, saved.inverse, *gates]
         return _launch(

@@ -112,13 +112,18 @@ class Plan:
 
     @property
     def state_stride(self) -> int:
-        """Chunks for each state that is saved; the gradients make the others, where there is room for it."""
-        return 2 if self.chunks % 2 == 0 and self.key_dim <= 128 and self.value_dim <= 128 else 1
+        """Chunks for each state that is saved."""
+        return state_stride(self.chunks, self.key_dim, self.value_dim)
 
     @property
     def key_block(self) -> int:
         """Keys' columns whose gradients a program can hold in registers."""
         return min(self.key_dim, 128)
+
+
+def state_stride(chunks: int, key_dim: int, value_dim: int) -> int:
+    """Chunks for each state that is saved; the gradients make the others, where there is room for it."""
+    return 2 if chunks % 2 == 0 and key_dim <= 128 and value_dim <= 128 else 1
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, *, columns: int | None = None) -> Any:
@@ -554,7 +559,8 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
     bfloat16 whose sum it is, (B, G, P · pieces, 2, K, K): that is the states of K more values, all zero, that begin as
     the identity. A program has 2 · 64 of these V + K columns, and reads no queries.
 
-    It begins at the chunk that the input says; where that is the end of the piece, nobody will ask, and it writes nothing.
+    It begins at the chunk that the input says; where that is the end of the piece, nobody will ask, and it writes
+    nothing.
     """
     k_ref, v_ref, inverse_ref, begins_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, _ = _gate_refs(plan, rest)
@@ -711,10 +717,8 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
                 for n, (row, block) in enumerate(order):
                     slot = lax.rem(item + n, stages)
 
-                    @pl.when(item + n >= stages)
-                    def _() -> None:
-                        plgpu.barrier_wait(s["free"].at[slot])
-
+                    free = functools.partial(plgpu.barrier_wait, s["free"].at[slot])
+                    pl.when(item + n >= stages)(free)
                     for half, name in enumerate(("high", "low")):
                         place = (pl.ds(row * CHUNK, CHUNK), pl.ds(block * width, width))
                         source = maps_ref.at[b, g, piece_of(part, i), half, *place]
@@ -877,7 +881,7 @@ def forward_body(
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
     first_ref = rest.pop(0) if has_state else None
     o_ref, final_ref, *rest = rest
-    states_ref = rest.pop(0) if save_states else None
+    states_ref: Any = rest.pop(0) if save_states else None
     b, part, g, slab = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
@@ -1070,17 +1074,17 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs: Any, **s: Any) -> None:
     """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and of those that enter the parts.
 
-    If it is `local`, only the cotangents of what enters the pieces, if those of what leaves them are zero. It then skips
-    as many of a piece's last chunks as the first input says; where these are all, nobody will ask, and it writes nothing.
+    If it is `local`, only the cotangents of what enters the pieces, if those of what leaves them are zero. It then
+    skips as many of a piece's last chunks as the first input says; where these are all, nobody will ask, and it writes
+    nothing.
     """
-    skipped_ref, dfinal_ref, dv_ref, dstates_ref = None, None, None, None
     rest = list(refs)
-    if local:
-        skipped_ref = rest.pop(0)
+    skipped_ref = rest.pop(0) if local else None
     q_ref, k_ref, do_ref, inverse_ref, *rest = rest
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    if not local:
-        dfinal_ref, dv_ref, dstates_ref, *rest = rest
+    dfinal_ref = None if local else rest.pop(0)
+    dv_ref: Any = None if local else rest.pop(0)
+    dstates_ref: Any = None if local else rest.pop(0)
     (dfirst_ref,) = rest
     b, part, g, slab = (lax.axis_index(name) for name in ("b", "p", "g", "v"))
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
@@ -1394,10 +1398,10 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
         pl.when(lax.rem(c, stride) == stride - 1)(free) if stride > 1 else free()
 
     def for_slabs(step: Callable[[Any, Any], Any], sums: tuple[int, ...]) -> tuple[Any, ...]:
-        """What `step` makes of so many sums, of so many columns, with each 64 columns of V; 0 columns: one for each row.
+        """What `step` makes of sums, of so many columns each (0: one for each row), with each 64 columns of V.
 
-        One after the other where they are many: written out, the compiler would keep all their addresses at once (K = 128,
-        V = 256: 280 bytes a thread for 104; but K = V = 256: 72 for 128).
+        One after the other where they are many: written out, the compiler would keep all their addresses at once
+        (K = 128, V = 256: it spills 280 bytes a thread for 104; but with K = V = 256, 72 for 128).
         """
         if slabs <= 2 or blocks > 1:
             carry = tuple(_nothing_yet() for _ in sums)
@@ -1433,15 +1437,11 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             return lambda c, slab: [ref.at[b, tokens(c), g, pl.ds(slab * CHUNK, CHUNK)]]
 
         def states(ref: Any, which: list[Any], place: Any, slab: Any) -> list[Any]:
-            return [
-                ref.at[b, g, place, pl.ds(slab * CHUNK, CHUNK), columns] for columns in which
-            ]
+            return [ref.at[b, g, place, pl.ds(slab * CHUNK, CHUNK), columns] for columns in which]
 
         sources = {
             "v": columns(v_ref),
-            "state": lambda c, slab: states(
-                states_ref, key_columns, lax.div(place_of(c), stride), slab
-            ),
+            "state": lambda c, slab: states(states_ref, key_columns, lax.div(place_of(c), stride), slab),
             "dv": columns(dv_ref),
             "do": columns(do_ref),
             "dstate": lambda c, slab: states(dstates_ref, key_columns[:1], place_of(c), slab),
@@ -1736,11 +1736,10 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             sums_of("leave_sums")[...] = leaves
             plgpu.commit_smem()
             row, column = _indices(gate("key_gamma", c))
-            of_ends, of_leaves, of_states = (_across(_load(sums_of(name), _COLUMNS)) for name in
-                                             ("end_sums", "leave_sums", "state_sums"))
-            sums_of("dlog")[...] = jnp.sum(
-                jnp.where(column >= row, of_ends, of_leaves) + of_states, axis=1
+            of_ends, of_leaves, of_states = (
+                _across(_load(sums_of(name), _COLUMNS)) for name in ("end_sums", "leave_sums", "state_sums")
             )
+            sums_of("dlog")[...] = jnp.sum(jnp.where(column >= row, of_ends, of_leaves) + of_states, axis=1)
             plgpu.barrier_arrive(s["sums_taken"])
             plgpu.commit_smem()
             if key_places == 1:

@@ -83,9 +83,9 @@ def gpu_run(chunks: int, rows: int) -> int:
     return min((run for run in range(1, min(chunks, 32) + 1) if chunks % run == 0), key=cost)
 
 
-# A sequence that is cut is walked twice, the first time in pieces and only as far as states live, which takes about half
-# of the time of the second; and its parts' ends are put together. In the time of a walk's chunk: what that takes for
-# each part, and whatever their number, for a few small kernels and the gaps between them.
+# A sequence that is cut is walked twice, the first time in pieces and only as far as states live, which takes about
+# half of the time of the second; and its parts' ends are put together. In the time of a walk's chunk: what that takes
+# for each part, and whatever their number, for a few small kernels and the gaps between them.
 _GPU_PART = 4
 _GPU_CUT = 14
 # Pieces of a part, of no fewer chunks than that. More share out better what few heads that forget slowly leave to do,
