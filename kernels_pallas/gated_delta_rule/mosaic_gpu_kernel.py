@@ -1198,8 +1198,10 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             plgpu.barrier_arrive(s["free"].at[slot])
             return dstate
 
-        nothing = dfinal_ref is None
-        dfinal = _zeros(plan.key_dim) if nothing else _load_state(dfinal_ref.at[b, g, part, columns])
+        if dfinal_ref is None:
+            dfinal = _zeros(plan.key_dim)
+        else:
+            dfinal = _load_state(dfinal_ref.at[b, g, part, columns])
         dfirst = lax.fori_loop(skipped, count, step, dfinal)
 
         def put() -> None:
