@@ -1198,10 +1198,9 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             plgpu.barrier_arrive(s["free"].at[slot])
             return dstate
 
-        if dfinal_ref is None:
-            dfinal = _zeros(plan.key_dim)
-        else:
-            dfinal = _load_state(dfinal_ref.at[b, g, part, columns])
+        dfinal = (
+            _zeros(plan.key_dim) if dfinal_ref is None else _load_state(dfinal_ref.at[b, g, part, columns])
+        )
         dfirst = lax.fori_loop(skipped, count, step, dfinal)
 
         def put() -> None:
