@@ -196,13 +196,13 @@ def _forward(
     maps = None
     if plan.parts > 1:
         stages, scratch = kernels.summary_scratch(plan)
-        seen = layout.visible(plan, log2, has_state=first is not None, save_states=save_states)
+        seen = layout.visible(plan, gamma, has_state=first is not None, save_states=save_states)
         pieces = plan.parts * plan.pieces
         local, maps = _launch(
             "gdn_summary",
             functools.partial(kernels.summary_body, plan, stages),
             {"b": batch, "p": pieces, "g": value_heads, "v": plan.summary_pairs},
-            [whole_k, whole_v, inverse, seen.summaries, *gates],
+            [whole_k, whole_v, inverse, seen.forward, *gates],
             [
                 ((batch, value_heads, pieces, plan.value_dim, plan.key_dim), jnp.float32),
                 ((batch, value_heads, pieces, 2, plan.key_dim, plan.key_dim), jnp.bfloat16),
@@ -210,7 +210,7 @@ def _forward(
             scratch,
             warpgroups=3,
         )
-        first = _ends(plan, maps, local, seen.starts, first, backward=False)
+        first = _ends(plan, maps, local, seen.forward, first, backward=False)
     elif first is not None:
         first = first[:, :, None]
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
@@ -242,7 +242,7 @@ def _forward(
 
 
 def _ends(
-    plan: Plan, maps: Array, local: Array, starts: Array, given: Array | None, *, backward: bool
+    plan: Plan, maps: Array, local: Array, seen: Array, given: Array | None, *, backward: bool
 ) -> Array:
     """The states that enter the parts, or the cotangents of those that leave them, (B, G, P, V, K).
 
@@ -250,7 +250,7 @@ def _ends(
         plan: of the launch.
         maps: transposed M of each piece, as `Saved` has them.
         local: what each piece makes of zero, (B, G, P · pieces, V, K).
-        starts: with what a part's chain begins, as `layout.Visible` has it.
+        seen: as `layout.Visible` has it for this direction; its last column is with what a part's chain begins.
         given: what enters the first part, (B, G, V, K), None being zero; or the cotangent of what leaves the last one.
         backward: which.
     """
@@ -260,7 +260,7 @@ def _ends(
         "gdn_lasts" if backward else "gdn_firsts",
         functools.partial(kernels.ends_body, plan, stages, backward, given is not None),
         {"b": batch, "g": value_heads, "v": plan.slabs},
-        [maps, local, starts, *([] if given is None else [given])],
+        [maps, local, seen, *([] if given is None else [given])],
         [((batch, value_heads, plan.parts, plan.value_dim, plan.key_dim), jnp.float32)],
         scratch,
         warpgroups=2,
@@ -306,7 +306,7 @@ def _backward(
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
     plan = _cut(plan, batch, value_heads)
-    log2, factors = layout.gates(plan, log_decay, beta, lengths)
+    _, factors = layout.gates(plan, log_decay, beta, lengths)
     gates = [saved.gamma, *factors]
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
@@ -330,9 +330,9 @@ def _backward(
     last = layout.turned(plan, dfinal_state)
     if plan.parts > 1:
         assert saved.maps is not None
-        seen = layout.visible(plan, log2, has_state=True, save_states=True)
-        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [seen.back_skipped], [])
-        lasts = _ends(plan, saved.maps, entered, seen.back_starts, last, backward=True)
+        seen = layout.visible(plan, saved.gamma, has_state=True, save_states=True)
+        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [seen.backward], [])
+        lasts = _ends(plan, saved.maps, entered, seen.backward, last, backward=True)
     else:
         lasts = last[:, :, None]
     dv, dstates, dfirst = walk(

@@ -704,9 +704,9 @@ def ends_body(plan: Plan, stages: int, backward: bool, has_state: bool, *refs: A
         return part * plan.pieces + (plan.pieces - 1 - i if backward else i)
 
     def start_of(part: Any) -> Any:
-        return _load_count(starts_ref.at[b, g, part])
+        return _load_count(starts_ref.at[b, g, part * plan.pieces, 1 if backward else plan.summary_pairs])
 
-    no_item = _load_count(starts_ref.at[b, g, 0]) * 0
+    no_item = start_of(0) * 0
 
     @pl.when(warpgroup == 1)
     def _move() -> None:
@@ -1090,7 +1090,7 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
     h, columns = lax.div(g, plan.share), pl.ds(slab * CHUNK, CHUNK)
     warpgroup = lax.axis_index("warpgroup")
     count = plan.piece_chunks if local else plan.part_chunks
-    skipped = 0 if skipped_ref is None else _load_count(skipped_ref.at[b, g, part])
+    skipped = 0 if skipped_ref is None else _load_count(skipped_ref.at[b, g, part, 0])
     last_chunk = (part + 1) * count - 1
 
     @pl.when(warpgroup == 2)

@@ -80,20 +80,20 @@ def gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) ->
 class Visible(NamedTuple):
     """What the ends of a part can still see of its chunks, int32; `mosaic_gpu_kernel` says how each is read.
 
+    One array for each direction, since each would be a launch.
+
     Attributes:
-        summaries: first chunk of every program of `summary_body`, (B, G, P · pieces, pairs).
-        starts: with what a part's chain begins, (B, G, P).
-        back_skipped: last chunks of every piece that `backward_walk_body` skips, (B, G, P · pieces).
-        back_starts: as `starts`, backward.
+        forward: first chunk of every program of `summary_body`, and then with what the part's chain begins, for every
+            piece, (B, G, P · pieces, pairs + 1).
+        backward: last chunks of every piece that `backward_walk_body` skips, and then with what the part's chain
+            begins, (B, G, P · pieces, 2).
     """
 
-    summaries: Array
-    starts: Array
-    back_skipped: Array
-    back_starts: Array
+    forward: Array
+    backward: Array
 
 
-def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> Visible:
+def visible(plan: Plan, gamma: Array, *, has_state: bool, save_states: bool) -> Visible:
     """What of a part need not be walked to know the states that enter the parts, and their cotangents.
 
     In between a state loses nearly all: with keys of length 1 and β to 2 it grows by nothing, and 2 to `_UNSEEN_LOG2`
@@ -101,22 +101,20 @@ def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> V
 
     Args:
         plan: of the launches.
-        log2: log₂ α, (B, G, T).
+        gamma: sums of log₂ α from a chunk's start, (B, G, T).
         has_state: whether a state enters the first part.
         save_states: whether there will be gradients.
     """
     count, size = plan.part_chunks, plan.piece_chunks
-    totals = jnp.sum(log2.reshape(*log2.shape[:2], plan.parts, 1, count, CHUNK), axis=-1)
+    totals = gamma.reshape(*gamma.shape[:2], plan.parts, 1, 1, count, CHUNK)[..., -1]
     chunk, other = jnp.indices((count, count))
-
-    def dead(where: Array) -> Array:
-        decays = jnp.sum(jnp.where(where[None, None, None], totals, 0.0), axis=-1)
-        return decays <= _UNSEEN_LOG2
-
-    # Number of first (last) chunks that leave (ask) nothing at the end (beginning) of the part: (B, G, P, 1).
-    gone = jnp.sum(dead(other > chunk), axis=-1, keepdims=True, dtype=jnp.int32)
-    back_gone = jnp.sum(dead(other < chunk), axis=-1, keepdims=True, dtype=jnp.int32)
-    alive = ~dead(other[:1] >= 0)
+    # Decays between a chunk and the end of its part, and the beginning of it: (B, G, P, 2, N).
+    between = jnp.stack([other > chunk, other < chunk])[None, None, None]
+    decays = jnp.sum(jnp.where(between, totals, 0.0), axis=-1)
+    # Number of first (last) chunks that leave (ask) nothing there: (B, G, P, 1).
+    counts = jnp.sum(decays <= _UNSEEN_LOG2, axis=-1, keepdims=True, dtype=jnp.int32)
+    gone, back_gone = counts[:, :, :, 0], counts[:, :, :, 1]
+    alive = decays[:, :, :, 0, :1] + totals[:, :, :, 0, 0, :1] > _UNSEEN_LOG2
     part, piece = (x[None, None] for x in jnp.indices((plan.parts, plan.pieces)))
     from_end = plan.pieces - 1 - piece
     # States are not asked for at the end of the last part, nor cotangents at the beginning of the first one.
@@ -127,17 +125,18 @@ def visible(plan: Plan, log2: Array, *, has_state: bool, save_states: bool) -> V
     seen = jnp.where(piece == 0, carries, piece * size > gone) & ~is_last
     back_seen = jnp.where(from_end == 0, alive, from_end * size > back_gone) & ~is_first
     maps = jnp.where(seen | back_seen if save_states else seen, 0, size)
-    back_skipped = jnp.where(is_first, size, jnp.clip(back_gone - from_end * size, 0, size))
     of_slabs = [local] * plan.slabs + [maps] * (plan.key_dim // CHUNK)
     of_slabs += [jnp.full_like(local, size)] * (2 * plan.summary_pairs - len(of_slabs))
     of_pairs = [jnp.minimum(x, y) for x, y in zip(of_slabs[::2], of_slabs[1::2], strict=True)]
-    rows = log2.shape[0], log2.shape[1], plan.parts * plan.pieces
-    return Visible(
-        jnp.stack(of_pairs, axis=-1).reshape(*rows, plan.summary_pairs),
-        jnp.where(carries, 0, gone // size + 1)[..., 0],
-        back_skipped.reshape(rows),
-        jnp.where(alive, 0, back_gone // size + 1)[..., 0],
-    )
+    starts = jnp.where(carries, 0, gone // size + 1)
+    back_skipped = jnp.where(is_first, size, jnp.clip(back_gone - from_end * size, 0, size))
+    back_starts = jnp.where(alive, 0, back_gone // size + 1)
+
+    def together(columns: list[Array]) -> Array:
+        whole = jnp.stack([jnp.broadcast_to(x, local.shape) for x in columns], axis=-1)
+        return whole.reshape(*gamma.shape[:2], plan.parts * plan.pieces, len(columns))
+
+    return Visible(together([*of_pairs, starts]), together([back_skipped, back_starts]))
 
 
 def turned(plan: Plan, state: Array) -> Array:

@@ -80,7 +80,7 @@ def gpu_run(chunks: int, rows: int) -> int:
         waves = -(-(chunks // run * rows) // _GPU_SMS)
         return waves * (run + _GPU_PROGRAM_START)
 
-    return min((run for run in range(1, min(chunks, 32) + 1) if chunks % run == 0), key=cost)
+    return min((run for run in range(1, chunks + 1) if chunks % run == 0), key=cost)
 
 
 # A sequence that is cut is walked twice, the first time in pieces and only as far as states live, which takes about
@@ -89,9 +89,10 @@ def gpu_run(chunks: int, rows: int) -> int:
 _GPU_PART = 4
 _GPU_CUT = 14
 # Pieces of a part, of no fewer chunks than that. More share out better what few heads that forget slowly leave to do,
-# and make longer chains.
-_GPU_PIECES = 4
-_GPU_PIECE_CHUNKS = 8
+# and make longer chains. With the decays that Mamba 2 begins with, by count: the longest of the first walk's programs,
+# and how many there are, at T = 65,536 in 1, 4, 8 and 16 pieces: 102 chunks and 48, 64 and 60, 32 and 80, 16 and 165.
+_GPU_PIECES = 8
+_GPU_PIECE_CHUNKS = 16
 
 
 def gpu_parts(chunks: int, rows: int) -> int:
