@@ -89,8 +89,10 @@ def gpu_run(chunks: int, rows: int) -> int:
 _GPU_PART = 4
 _GPU_CUT = 14
 # Pieces of a part, of no fewer chunks than that. More share out better what few heads that forget slowly leave to do,
-# and make longer chains. With the decays that Mamba 2 begins with, by count: the longest of the first walk's programs,
-# and how many there are, at T = 65,536 in 1, 4, 8 and 16 pieces: 102 chunks and 48, 64 and 60, 32 and 80, 16 and 165.
+# and make longer chains. By count, with the decays that Mamba 2 begins with and 16 heads, in four parts: at T = 65,536
+# in 1, 4, 8, 16 pieces a part, the first walk has 48, 66, 103, 220 programs, the longest of 104, 64, 32, 16 chunks,
+# and the longest chain is of 0, 3, 9, 18 steps; at T = 16,384 in 1, 2, 4, 8 pieces 54, 77, 169, 330 programs, 64, 32,
+# 16, 8 chunks, and 2, 5, 11, 23 steps.
 _GPU_PIECES = 8
 _GPU_PIECE_CHUNKS = 16
 
