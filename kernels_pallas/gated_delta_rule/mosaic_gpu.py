@@ -126,12 +126,14 @@ class Saved(NamedTuple):
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
         maps: transposed M of each piece, (B, G, P · pieces, 2, K, K) bfloat16, that add up; None where sequences are
             not cut.
+        seen: `layout.Visible.backward`, which says which of them have been made; None with them.
     """
 
     gamma: Array
     states: Array
     inverse: Array
-    maps: Array | None
+    maps: Array | None = None
+    seen: Array | None = None
 
 
 def forward(
@@ -156,9 +158,9 @@ def forward(
     def call(*arrays: Array) -> list[Array]:
         return _forward(plan, most_pieces, *jax.tree.unflatten(tree, arrays), save_states=save_states)
 
-    results = 2 + (3 + (most_pieces > 0)) * save_states
+    results = 2 + (3 + 2 * (most_pieces > 0)) * save_states
     o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
-    return o, final, Saved(*saved, *([] if most_pieces else [None])) if save_states else None
+    return o, final, Saved(*saved) if save_states else None
 
 
 def _forward(
@@ -193,7 +195,7 @@ def _forward(
     )
     gates = [gamma, *factors]
     first = None if initial_state is None else layout.turned(plan, initial_state)
-    maps = None
+    for_parts = []
     if plan.parts > 1:
         stages, scratch = kernels.summary_scratch(plan)
         seen = layout.visible(plan, gamma, has_state=first is not None, save_states=save_states)
@@ -211,6 +213,7 @@ def _forward(
             warpgroups=3,
         )
         first = _ends(plan, maps, local, seen.forward, first, backward=False)
+        for_parts = [maps, seen.backward]
     elif first is not None:
         first = first[:, :, None]
     state_shape = (batch, value_heads, plan.parts, plan.value_dim, plan.key_dim)
@@ -232,12 +235,13 @@ def _forward(
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
     saved = [gamma, states[0], inverse] if save_states else []
     if save_states and most_pieces:
-        if maps is None:
-            maps = jnp.zeros((batch, value_heads, 0, 2, plan.key_dim, plan.key_dim), jnp.bfloat16)
+        shapes = ((2, plan.key_dim, plan.key_dim), jnp.bfloat16), ((2,), jnp.int32)
+        for_parts = for_parts or [
+            jnp.zeros((batch, value_heads, 0, *shape), dtype) for shape, dtype in shapes
+        ]
         # Not read.
-        saved.append(
-            jnp.pad(maps, [(0, most_pieces - maps.shape[2]) if i == 2 else (0, 0) for i in range(6)])
-        )
+        filling = most_pieces - for_parts[0].shape[2]
+        saved += [jnp.pad(x, [(0, filling) if i == 2 else (0, 0) for i in range(x.ndim)]) for x in for_parts]
     return [o, final, *saved]
 
 
@@ -330,9 +334,9 @@ def _backward(
     last = layout.turned(plan, dfinal_state)
     if plan.parts > 1:
         assert saved.maps is not None
-        seen = layout.visible(plan, saved.gamma, has_state=True, save_states=True)
-        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [seen.backward], [])
-        lasts = _ends(plan, saved.maps, entered, seen.backward, last, backward=True)
+        assert saved.seen is not None
+        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [saved.seen], [])
+        lasts = _ends(plan, saved.maps, entered, saved.seen, last, backward=True)
     else:
         lasts = last[:, :, None]
     dv, dstates, dfirst = walk(
