@@ -1149,32 +1149,40 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
                 # At once: it has but one place, which the next chunk wants.
                 send_dstate()
 
-            def prepare() -> tuple[jax.Array, ...]:
+            last = s["walk_gamma"][slot, CHUNK - 1]
+
+            def factors() -> tuple[jax.Array, jax.Array, jax.Array]:
+                gamma = _load(s["walk_gamma"].at[slot], _COLUMNS)
+                root = _load(s["walk_key_root" if plan.normed else "walk_root"].at[slot], _COLUMNS)
+                return jnp.exp2(gamma), jnp.exp2(last - gamma), root
+
+            def prepare() -> tuple[jax.Array, Any]:
                 if not plan.wide:
                     keep()
-                gamma = _load(s["walk_gamma"].at[slot], _COLUMNS)
-                last = s["walk_gamma"][slot, CHUNK - 1]
-                from_start = jnp.exp2(gamma)
+                from_start, *others = factors()
                 scale = _load(s["walk_scale"].at[slot], _COLUMNS) if plan.normed else plan.scale
                 read = _load(s["do"].at[slot].T).astype(_FLOAT) * _across(from_start * scale)
-                root = _load(s["walk_key_root" if plan.normed else "walk_root"].at[slot], _COLUMNS)
-                return read.astype(plan.compute), from_start, jnp.exp2(last - gamma), jnp.exp2(last), root
+                # A wide state leaves no registers for numbers of the tokens: they are made again.
+                return read.astype(plan.compute), () if plan.wide else (from_start, *others)
 
             plgpu.barrier_wait(s["handed"].at[copy])
-            kept, here, (read, from_start, to_end, through, root) = _dots(
+            kept, here, (read, ready) = _dots(
                 plan,
                 (low, s["k"].at[slot].T),
                 (s["do"].at[slot].T, s["scores"].at[copy]),
                 meanwhile=prepare,
             )
+            from_start, to_end, root = ready or factors()
             dwritten = (kept * _across(to_end) + here) * _across(root)
             plgpu.barrier_arrive(s["taken"].at[copy])
             # Eq. (12), and the first half of eq. (11).
             dmissing, dstate, _ = _dots(
                 plan,
                 (dwritten.astype(plan.compute), s["inverse"].at[slot]),
-                (read, s["q"].at[slot], dstate * through),
+                (read, s["q"].at[slot], dstate * jnp.exp2(last)),
             )
+            if plan.wide:
+                from_start, _, root = factors()
             drecalled = (dmissing * _across(root * from_start * -1.0)).astype(plan.compute)
             if plan.normed:
                 root = _load(s["walk_root"].at[slot], _COLUMNS)
