@@ -89,12 +89,13 @@ def gpu_run(chunks: int, rows: int) -> int:
 _GPU_PART = 4
 _GPU_CUT = 14
 # Pieces of a part, of no fewer chunks than that. More share out better what few heads that forget slowly leave to do,
-# and make longer chains. By count, with the decays that Mamba 2 begins with and 16 heads, in four parts: at T = 65,536
-# in 1, 4, 8, 16 pieces a part, the first walk has 48, 66, 103, 220 programs, the longest of 104, 64, 32, 16 chunks,
-# and the longest chain is of 0, 3, 9, 18 steps; at T = 16,384 in 1, 2, 4, 8 pieces 54, 77, 169, 330 programs, 64, 32,
-# 16, 8 chunks, and 2, 5, 11, 23 steps.
+# and make longer chains. With the decays that Mamba 2 begins with, µs of the first walks, forward and backward, and of
+# the parts' ends: at T = 16,384, in four parts of 64 chunks, in 1, 2, 4 pieces, 85 + 87 and 14 + 19, 49 + 49 and
+# 21 + 28, 54 + 48 and 37 + 46; at K = V = 256 and T = 8,192, in two parts, 148 + 167 and 9 + 20, 82 + 88 and 17 + 28,
+# 79 + 64 and 38 + 48. At T = 65,536 (parts of 256) by count: in 1, 4, 8, 16 pieces the first walk has 48, 66, 103, 220
+# programs, the longest of 104, 64, 32, 16 chunks, and the longest chain is of 0, 3, 9, 18 steps.
 _GPU_PIECES = 8
-_GPU_PIECE_CHUNKS = 16
+_GPU_PIECE_CHUNKS = 32
 
 
 def gpu_parts(chunks: int, rows: int) -> int:
