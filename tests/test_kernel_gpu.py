@@ -256,13 +256,13 @@ def test_composes_with_vmap_and_shard_map(length, parts, monkeypatch):
 
 
 def test_saves_states_inverses_and_sums_of_decays_only():
-    """Beyond its inputs, for each token and value head: a fourth of 2·K·V/C bytes, and 2·C + 8."""
+    """Beyond its inputs, for each token and value head: a fourth of 2·K·V/C bytes, and 2·C + 4."""
     x = rounded((1, 256, 1, 2, 64, 128), "bfloat16")
     with plgpu.force_gpu_interpret_mode(STRICT):
         _, vjp = jax.eval_shape(functools.partial(jax.vjp, lambda x: KERNEL(**x)[0]), x)
     saved = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(vjp))
     inputs = sum(y.size * y.dtype.itemsize for y in x.values())
-    assert saved - inputs == 256 * 2 * (64 * 128 // 128 + 2 * 64 + 8)
+    assert saved - inputs == 256 * 2 * (64 * 128 // 128 + 2 * 64 + 4)
 
 
 def test_refuses_by_name():

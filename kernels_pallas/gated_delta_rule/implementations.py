@@ -280,7 +280,7 @@ def _gpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, 
     core, core_vjp = jax.vjp(lambda x: _gpu_core(options, x, valid, reset), operands)
     plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale, normed=lengths is not None)
     do, dfinal_state = cotangents
-    gradients = mosaic_gpu.backward(plan, *core[:3], core.initial_state, lengths, saved, do, dfinal_state)
+    gradients = mosaic_gpu.backward(plan, *core[:-1], core.initial_state, lengths, saved, do, dfinal_state)
     return (*core_vjp(_KernelCore(*gradients)), None, None)
 
 

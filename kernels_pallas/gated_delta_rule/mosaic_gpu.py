@@ -124,7 +124,6 @@ class Saved(NamedTuple):
         gamma: γ, (B, G, T) float32.
         states: that enter the chunks, every `state_stride`-th one, (B, G, N / stride, V, K) in the dtype of q.
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
-        roots: √β and, where q and k have norms, √β over the length of k, (B, G, T) float32.
         maps: transposed M of each piece, (B, G, P · pieces, 2, K, K) bfloat16, that add up; None where sequences are
             not cut.
         seen: `layout.Visible.backward`, which says which of them have been made; None with them.
@@ -133,7 +132,6 @@ class Saved(NamedTuple):
     gamma: Array
     states: Array
     inverse: Array
-    roots: list[Array]
     maps: Array | None = None
     seen: Array | None = None
 
@@ -160,12 +158,9 @@ def forward(
     def call(*arrays: Array) -> list[Array]:
         return _forward(plan, most_pieces, *jax.tree.unflatten(tree, arrays), save_states=save_states)
 
-    roots = 1 + plan.normed
-    results = 2 + (3 + roots + 2 * (most_pieces > 0)) * save_states
+    results = 2 + (3 + 2 * (most_pieces > 0)) * save_states
     o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
-    if not save_states:
-        return o, final, None
-    return o, final, Saved(*saved[:3], saved[3 : 3 + roots], *saved[3 + roots :])
+    return o, final, Saved(*saved) if save_states else None
 
 
 def _forward(
@@ -183,20 +178,22 @@ def _forward(
 ) -> list[Array]:
     batch, value_heads = v.shape[0], v.shape[2]
     plan = _cut(plan, batch, value_heads)
+    log2, factors = layout.gates(plan, log_decay, beta, lengths)
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = layout.whole(plan, v, plan.value_dim)
-    one_over_k = [] if lengths is None else [layout.whole_lengths(plan, lengths.k)]
-    gate_shape = ((batch, value_heads, plan.length), jnp.float32)
-    inverse, gamma, *roots = _launch(
+    inverse, gamma = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "b": batch, "g": value_heads},
-        [whole_k, *(layout.whole_gates(plan, x) for x in (log_decay, beta)), *one_over_k],
-        [((batch, value_heads, plan.length, CHUNK), plan.compute), *[gate_shape] * (2 + plan.normed)],
+        [whole_k, log2, factors[1] if plan.normed else factors[0]],
+        [
+            ((batch, value_heads, plan.length, CHUNK), plan.compute),
+            ((batch, value_heads, plan.length), jnp.float32),
+        ],
         kernels.inverse_scratch(plan),
         warpgroups=1,
     )
-    gates = [gamma, *roots, *layout.scales(plan, lengths)]
+    gates = [gamma, *factors]
     first = None if initial_state is None else layout.turned(plan, initial_state)
     for_parts = []
     if plan.parts > 1:
@@ -236,7 +233,7 @@ def _forward(
     )
     o = o[:, : q.shape[1], :, : v.shape[3]]
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
-    saved = [gamma, states[0], inverse, *roots] if save_states else []
+    saved = [gamma, states[0], inverse] if save_states else []
     if save_states and most_pieces:
         shapes = ((2, plan.key_dim, plan.key_dim), jnp.bfloat16), ((2,), jnp.int32)
         for_parts = for_parts or [
@@ -280,6 +277,8 @@ def backward(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T G V"],
+    log_decay: Float[Array, "B T G"],
+    beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
     lengths: layout.Lengths | None,
     saved: Saved,
@@ -287,7 +286,7 @@ def backward(
     dfinal_state: Float[Array, "B G K V"],
 ) -> tuple[Array, Array, Array, Array, Array, Array | None]:
     """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
-    operands = (q, k, v, lengths, saved, do, dfinal_state)
+    operands = (q, k, v, log_decay, beta, lengths, saved, do, dfinal_state)
     arrays, tree = jax.tree.flatten(operands)
 
     def call(*arrays: Array) -> list[Array]:
@@ -302,6 +301,8 @@ def _backward(
     q: Array,
     k: Array,
     v: Array,
+    log_decay: Array,
+    beta: Array,
     lengths: layout.Lengths | None,
     saved: Saved,
     do: Array,
@@ -309,7 +310,8 @@ def _backward(
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
     plan = _cut(plan, batch, value_heads)
-    gates = [saved.gamma, *saved.roots, *layout.scales(plan, lengths)]
+    _, factors = layout.gates(plan, log_decay, beta, lengths)
+    gates = [saved.gamma, *factors]
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     stages, copies, scratch = kernels.walk_scratch(plan)

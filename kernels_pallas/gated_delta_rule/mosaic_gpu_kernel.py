@@ -45,12 +45,6 @@ _ROWS = _TILE.reduce(1)
 _COLUMNS = _TILE.reduce(0)
 _SQUARE = (CHUNK, CHUNK)
 _FLOAT = jnp.float32
-_LOG2_E = math.log2(math.e)
-# 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
-_FORGET_LOG2 = -160.0
-# β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
-# number, and less than this writes nothing that bfloat16 could hold.
-_LEAST_BETA = 2.0**-24
 # Registers of a thread: one warpgroup that moves memory, two that compute. A program of three has 3 · 168 to share, the
 # 65,536 of an SM in steps of 8: one that asks for more waits for ever.
 _MOVER_REGISTERS = 40
@@ -352,28 +346,28 @@ def _strips(x: jax.Array) -> list[jax.Array]:
 
 
 def inverse_scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory of `inverse_body`."""
+    """Shared memory of `inverse_body`. What is loaded has one layout: √β comes once for rows, once for columns."""
     strip = (CHUNK, _WARP_ROWS)
     return {
         "k": tiled((CHUNK, plan.key_dim), plan.compute),
         "log": plain(CHUNK),
-        "root": plain(CHUNK),
-        "key_root": plain(CHUNK),
+        "root_rows": plain(CHUNK),
+        "root_columns": plain(CHUNK),
         "gamma": plain(CHUNK),
-        "starts": plain(CHUNK),
-        "ends": plain(CHUNK),
         "a": tiled(_SQUARE, jnp.float16, columns=_WARP_ROWS),
         "diagonal": tiled(strip, jnp.float16),
         "inverse": tiled(strip, jnp.float16),
         "corner": tiled(strip, jnp.float16),
         "result": tiled(_SQUARE, plan.compute, columns=_WARP_ROWS),
-        "came": plgpu.Barrier(num_arrivals=1 + plan.normed),
+        "gates_came": plgpu.Barrier(num_arrivals=3),
+        "came": plgpu.Barrier(),
     }
 
 
-def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *refs: Any, **s: Any) -> None:
-    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype. And the gates as the others
-    want them, (B, G, T), from log α and β, (B, T, G): γ, √β and, with norms, √β over the length of k.
+def inverse_body(
+    plan: Plan, k_ref: Any, log_ref: Any, root_ref: Any, inverse_ref: Any, gamma_ref: Any, **s: Any
+) -> None:
+    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype. And γ, from log₂ α.
 
     The 16 rows of a warp have one of the four diagonal blocks of 16 × 16. As long as nothing else is needed, these are
     a strip of 64 × 16, and a product of two of them is four products, each of whose left operands is zero but for one
@@ -382,44 +376,29 @@ def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *ref
     In float16: with unit keys and β ≤ 2 no entry of it, nor of the inverse of any diagonal block, nor of the products
     on the way is larger than 2, and float16 keeps three bits more than bfloat16.
     """
-    outputs = list(refs)
-    lengths_ref = outputs.pop(0) if plan.normed else None
-    inverse_ref = outputs.pop(0)
     b, n, g = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("g")
-    h = lax.div(g, plan.share)
     # From the last chunks of the parts to the first ones, which the walks want first: they are still in the L2 cache.
     chunk = lax.rem(n, plan.parts) * plan.part_chunks + plan.part_chunks - 1 - lax.div(n, plan.parts)
     tokens = pl.ds(chunk * CHUNK, CHUNK)
-    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], s["k"], s["came"])
-    if lengths_ref is not None:
-        plgpu.copy_gmem_to_smem(lengths_ref.at[b, h, tokens], s["key_root"], s["came"])
-
-    def of_tokens(ref: Any) -> jax.Array:
-        return plgpu.load(ref.at[b, tokens, g], layout=_ROWS, optimized=False) * 1.0
-
-    # XLA would take two launches to lay these out, and a pause before the first one that is not its own.
-    s["log"][...] = jnp.maximum(of_tokens(log_decay_ref) * _LOG2_E, _FORGET_LOG2)
-    root = jnp.sqrt(jnp.maximum(of_tokens(beta_ref), _LEAST_BETA))
-    s["root"][...] = root
-    plgpu.commit_smem()
+    plgpu.copy_gmem_to_smem(log_ref.at[b, g, tokens], s["log"], s["gates_came"])
+    for name in ("root_rows", "root_columns"):
+        plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["gates_came"])
+    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, lax.div(g, plan.share)], s["k"], s["came"])
     row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
+    plgpu.barrier_wait(s["gates_came"])
     gamma = jnp.sum(jnp.where(row >= column, _across(_load(s["log"], _COLUMNS)), 0.0), axis=1)
     s["gamma"][...] = gamma
-    plgpu.barrier_wait(s["came"])
-    if plan.normed:
-        root = root * _load(s["key_root"], _ROWS)
-        s["key_root"][...] = root
-    exponent = jnp.log2(root)
-    s["starts"][...] = gamma - exponent
-    s["ends"][...] = gamma + exponent
     plgpu.commit_smem()
-    for name, ref in zip(("gamma", "root", "key_root"), outputs, strict=False):
-        plgpu.copy_smem_to_gmem(s[name], ref.at[b, g, tokens])
+    plgpu.copy_smem_to_gmem(s["gamma"], gamma_ref.at[b, g, tokens])
+
+    ends = gamma + jnp.log2(_load(s["root_rows"], _ROWS))
+    starts = _load(s["gamma"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+
+    plgpu.barrier_wait(s["came"])
 
     def prepare() -> jax.Array:
         # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used. New indices: a fifth program fits.
-        row, column = _indices(s["gamma"])
-        ends, starts = _load(s["ends"], _ROWS), _load(s["starts"], _COLUMNS)
+        row, column = _indices(s["log"])
         return jnp.exp2(jnp.where(row > column, _down(ends) - _across(starts), -jnp.inf))
 
     # Eq. (24).
@@ -1385,8 +1364,8 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
 
     def place_of(c: Any) -> Any:
-        # Heads begin at different chunks. Where all do the same ones at the same time, each at the same place of its
-        # own 8 MiB of memory, such powers of two can get into each other's way (340 µs for 286 at T = 16,384).
+        # Heads begin at different chunks. Where all do the same ones at the same time, each at the same place of its own
+        # 8 MiB of memory, such powers of two can get into each other's way (340 µs for 286 at T = 16,384).
         return run * chunks + lax.rem(c + 3 * g * plan.state_stride, chunks)
 
     def tokens(c: Any) -> Any:
