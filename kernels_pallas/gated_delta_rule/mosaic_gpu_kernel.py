@@ -1364,8 +1364,8 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     key_columns = [pl.ds(lax.rem(block + i, blocks) * width, width) for i in range(blocks)]
 
     def place_of(c: Any) -> Any:
-        # Heads begin at different chunks. Where all do the same ones at the same time, each at the same place of its own
-        # 8 MiB of memory, such powers of two can get into each other's way (340 µs for 286 at T = 16,384).
+        # Heads begin at different chunks. Where all do the same ones at the same time, each at the same place of its
+        # own 8 MiB of memory, such powers of two can get into each other's way (340 µs for 286 at T = 16,384).
         return run * chunks + lax.rem(c + 3 * g * plan.state_stride, chunks)
 
     def tokens(c: Any) -> Any:
