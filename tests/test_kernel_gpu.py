@@ -120,7 +120,18 @@ def test_gates_norm_documents_and_padding_inside():
 )
 def test_several_chunks_a_program(shape, programs, monkeypatch):
     """Every buffer is filled again, and every barrier passes more than once: few programs have all chunks of a head."""
-    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, rows: chunks // programs)
+    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, stride, rows: chunks // programs)
+    x = rounded(shape, "bfloat16")
+    x["log_decay"] = x["log_decay"] * 0.1
+    check(KERNEL, REFERENCE, x)
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((1, 256, 1, 2, 64, 64), 2), ((1, 128, 1, 2, 64, 256), 1)])
+def test_heads_begin_at_different_chunks(shape, stride, monkeypatch):
+    """The second head's gradients begin in the middle of the program's chunks, and end there."""
+    monkeypatch.setattr(tiling, "gpu_run", lambda chunks, stride, rows: chunks)
+    monkeypatch.setattr(mosaic_gpu_kernel, "state_stride", lambda *sizes: stride)
+    assert (3 * stride) % (shape[1] // mosaic_gpu_kernel.CHUNK)
     x = rounded(shape, "bfloat16")
     x["log_decay"] = x["log_decay"] * 0.1
     check(KERNEL, REFERENCE, x)
@@ -282,9 +293,13 @@ def test_refuses_by_name():
         assert np.isfinite(np.asarray(gated_delta_rule(**x)[0], np.float32)).all()
 
 
-@pytest.mark.parametrize(("chunks", "rows"), [(64, 64), (256, 16), (7, 3), (1, 1), (1024, 2)])
-def test_a_program_does_whole_chunks(chunks, rows):
-    run = tiling.gpu_run(chunks, rows)
+@pytest.mark.parametrize(
+    ("chunks", "stride", "rows"),
+    [(64, 8, 64), (256, 8, 16), (64, 1, 24), (7, 1, 3), (1, 1, 1), (8, 8, 1), (1024, 8, 2)],
+)
+def test_a_program_does_whole_chunks_and_begins_with_a_saved_state(chunks, stride, rows):
+    run = tiling.gpu_run(chunks, stride, rows)
     assert chunks % run == 0
+    assert run % stride == 0
     # No multiprocessor is left without work that another still has twice.
-    assert run == 1 or chunks // run * rows >= 66
+    assert run == stride or chunks // run * rows >= 66

@@ -350,8 +350,7 @@ def _backward(
     )
     blocks = plan.key_dim // plan.key_block
     key_places, stages, scratch = kernels.gradients_scratch(plan)
-    stride = plan.state_stride
-    run = stride * tiling.gpu_run(plan.chunks // stride, batch * value_heads * blocks)
+    run = tiling.gpu_run(plan.chunks, plan.state_stride, batch * value_heads * blocks)
     key_shape = (batch, plan.length, value_heads, plan.key_dim)
     gate_shape = (blocks, batch, value_heads, plan.length)
     dq, dk, dlog_decay, dbeta = _launch(

@@ -68,11 +68,12 @@ _GPU_SMS = 132
 _GPU_PROGRAM_START = 0.4
 
 
-def gpu_run(chunks: int, rows: int) -> int:
+def gpu_run(chunks: int, stride: int, rows: int) -> int:
     """How many chunks one program of the gradients does one after the other; divides `chunks`.
 
     Args:
         chunks: N of a sequence.
+        stride: chunks for each state that is saved; the program begins with one, so it does a multiple of them.
         rows: programs that run side by side for every run of chunks: B · G, times blocks of K.
     """
 
@@ -80,7 +81,7 @@ def gpu_run(chunks: int, rows: int) -> int:
         waves = -(-(chunks // run * rows) // _GPU_SMS)
         return waves * (run + _GPU_PROGRAM_START)
 
-    return min((run for run in range(1, chunks + 1) if chunks % run == 0), key=cost)
+    return min((run for run in range(stride, chunks + 1, stride) if chunks % run == 0), key=cost)
 
 
 # A sequence that is cut is walked twice, the first time in pieces and only as far as states live, which takes about
@@ -92,8 +93,9 @@ _GPU_CUT = 14
 # and make longer chains. With the decays that Mamba 2 begins with, µs of the first walks, forward and backward, and of
 # the parts' ends: at T = 16,384, in four parts of 64 chunks, in 1, 2, 4 pieces, 85 + 87 and 14 + 19, 49 + 49 and
 # 21 + 28, 54 + 48 and 37 + 46; at K = V = 256 and T = 8,192, in two parts, 148 + 167 and 9 + 20, 82 + 88 and 17 + 28,
-# 79 + 64 and 38 + 48. At T = 65,536 (parts of 256) by count: in 1, 4, 8, 16 pieces the first walk has 48, 66, 103, 220
-# programs, the longest of 104, 64, 32, 16 chunks, and the longest chain is of 0, 3, 9, 18 steps.
+# 79 + 64 and 38 + 48 (the forward pass alone, which needs fewer M, takes 305 µs in two and 292 in four; both, 1208 and
+# 1219). At T = 65,536 (parts of 256) by count: in 1, 4, 8, 16 pieces the first walk has
+# 48, 66, 103, 220 programs, the longest of 104, 64, 32, 16 chunks, and the longest chain is of 0, 3, 9, 18 steps.
 _GPU_PIECES = 8
 _GPU_PIECE_CHUNKS = 32
 
