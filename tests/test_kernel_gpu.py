@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from kernel_operands import assert_near, defined, documents, forward_and_gradients, rounded
 
 from kernels_pallas import gated_delta_rule, gated_delta_rule_from_gates
-from kernels_pallas.gated_delta_rule import mosaic_gpu_kernel, tiling
+from kernels_pallas.gated_delta_rule import mosaic_gpu, mosaic_gpu_kernel, tiling
 
 # Memory that begins as NaN; a race or a read past the end raises.
 STRICT = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -173,7 +173,7 @@ def test_sequences_in_parts(shape, options, has_state, monkeypatch):
 def test_parts_skip_what_is_forgotten(shape, pieces, forgets, has_state, monkeypatch):
     """Two parts, whole or in pieces, in which a state is forgotten in some chunks. What nobody asks for is NaN."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2)
-    monkeypatch.setattr(tiling, "gpu_pieces", lambda chunks: pieces)
+    monkeypatch.setattr(tiling, "gpu_pieces", lambda chunks, finer: pieces)
     x = rounded(shape, "bfloat16", seed=8)
     x["log_decay"] = x["log_decay"] * 0.1
     for chunk in forgets:
@@ -185,7 +185,13 @@ def test_parts_skip_what_is_forgotten(shape, pieces, forgets, has_state, monkeyp
 
 def test_pieces_are_of_equal_length_and_not_short():
     sizes = {1: 1, 32: 1, 63: 1, 64: 2, 99: 3, 127: 1, 128: 4, 256: 8, 1024: 8}
-    assert {chunks: tiling.gpu_pieces(chunks) for chunks in sizes} == sizes
+    assert {chunks: tiling.gpu_pieces(chunks, finer=False) for chunks in sizes} == sizes
+    assert {chunks: tiling.gpu_pieces(chunks, finer=True) for chunks in (31, 32, 64, 256)} == {
+        31: 1,
+        32: 2,
+        64: 4,
+        256: 8,
+    }
 
 
 def test_parts_under_vmap(monkeypatch):
@@ -267,13 +273,54 @@ def test_composes_with_vmap_and_shard_map(length, parts, monkeypatch):
 
 
 def test_saves_states_inverses_and_sums_of_decays_only():
-    """Beyond its inputs, for each token and value head: a fourth of 2·K·V/C bytes, and 2·C + 4."""
+    """Beyond its inputs, for each token and value head: a fourth of 2·K·V/C bytes, and 2·C + 8."""
     x = rounded((1, 256, 1, 2, 64, 128), "bfloat16")
     with plgpu.force_gpu_interpret_mode(STRICT):
         _, vjp = jax.eval_shape(functools.partial(jax.vjp, lambda x: KERNEL(**x)[0]), x)
     saved = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves(vjp))
     inputs = sum(y.size * y.dtype.itemsize for y in x.values())
-    assert saved - inputs == 256 * 2 * (64 * 128 // 128 + 2 * 64 + 4)
+    assert saved - inputs == 256 * 2 * (64 * 128 // 128 + 2 * 64 + 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((1, 256, 1, 1, 64, 64), 1), ((1, 256, 1, 1, 128, 128), 2), ((1, 128, 1, 1, 256, 64), 2)],
+)
+def test_lowers_for_a_gpu(shape, parts, monkeypatch):
+    """What the interpreter does not ask: whether this jax finds layouts and transfers for all of every kernel."""
+    monkeypatch.setattr(mosaic_gpu, "runs_here", lambda: True)
+    monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: parts)
+    x = rounded(shape, "bfloat16")
+    traced = jax.jit(functools.partial(forward_and_gradients, KERNEL)).trace(x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    names = {"gdn_inverse", "gdn_forward", "gdn_walk", "gdn_gradients"}
+    if parts > 1:
+        names |= {"gdn_summary", "gdn_firsts", "gdn_local_walk", "gdn_lasts"}
+    assert {name for name in names if name in text} == names
+
+
+def test_a_result_that_nobody_differentiates():
+    """No o, or no final state, in the loss: what is left out has a cotangent of zero."""
+    x = rounded((1, 70, 1, 1, 64, 64), "bfloat16", seed=9)
+    with plgpu.force_gpu_interpret_mode(STRICT):
+        for which in (0, 1):
+            weights = rounded((1, 70, 1, 1, 64, 64), "float32", seed=10)[
+                "v" if which == 0 else "initial_state"
+            ]
+
+            def loss(op, x, which=which, weights=weights):
+                results = op(**x, return_final_state=True)
+                return jnp.sum(results[which].astype(jnp.float32) * weights)
+
+            actual = jax.grad(functools.partial(loss, KERNEL))(x)
+            both = jax.grad(
+                lambda x, which=which: (
+                    loss(KERNEL, x)
+                    + 0.0 * sum(jnp.sum(y.astype(jnp.float32)) for y in KERNEL(**x, return_final_state=True))
+                )
+            )(x)
+            for name, value in actual.items():
+                np.testing.assert_array_equal(value, both[name], name)
 
 
 def test_refuses_by_name():

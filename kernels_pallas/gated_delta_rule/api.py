@@ -16,14 +16,8 @@ from kernels_pallas.gated_delta_rule.checks import (
     check_sequence,
     check_step,
 )
-from kernels_pallas.gated_delta_rule.implementations import (
-    Operands,
-    Options,
-    choose,
-    compute_dtype,
-    core_of,
-    run,
-)
+from kernels_pallas.gated_delta_rule.choice import choose, run
+from kernels_pallas.gated_delta_rule.implementations import Operands, Options, compute_dtype, core_of
 from kernels_pallas.gated_delta_rule.reference import delta_step
 
 

@@ -64,7 +64,7 @@ def launch_costs(shape: Shape) -> dict[str, Cost]:
     return {
         "gdn_inverse": Cost(
             # Beside k · kᵀ, products of 16 columns: of 64 rows of the diagonal blocks, of fewer above.
-            _HALF * (keys + inverse) + 3 * _GATE * gates,
+            _HALF * (keys + inverse) + 4 * _GATE * gates,
             2 * pairs * (CHUNK * k + 6 * 16 * CHUNK + 11 * 16**2),
         ),
         "gdn_forward": Cost(

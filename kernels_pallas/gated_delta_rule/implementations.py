@@ -4,20 +4,17 @@ Every implementation is a function (options, operands, valid, reset) → (o, fin
 """
 
 import functools
-import logging
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
 from kernels_pallas.gated_delta_rule import mosaic_gpu, mosaic_gpu_layout, mosaic_tpu, tiling
 from kernels_pallas.gated_delta_rule.chunked import FORGET, Sizes, chunked_backward, chunked_forward
-from kernels_pallas.gated_delta_rule.reference import reference, segment_masks
-from kernels_pallas.gated_delta_rule.sequence import last_id_before, split_run
-
-_LOG = logging.getLogger("kernels_pallas")
+from kernels_pallas.gated_delta_rule.reference import reference
 
 # What the backward pass saves beside its inputs, for `jax.checkpoint_policies.save_only_these_names`.
 STATES = "gated_delta_rule_states"
@@ -268,23 +265,26 @@ def _gpu_run(
     return (o, final_state), (saved, lengths)
 
 
-def _gpu_kernels_fwd(options: Options, operands: Operands, valid: Array | None, reset: Array | None):
+def _gpu_kernels_fwd(options: Options, *arguments: Any):
+    operands, valid, reset = custom_vjp_primal_tree_values(arguments)
     results, saved = _gpu_run(options, operands, valid, reset, save_states=True)
     saved = jax.tree.map(lambda x: checkpoint_name(x, STATES), saved)
     return results, (operands, valid, reset, saved)
 
 
-def _gpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
+def _gpu_kernels_bwd(options: Options, residuals: Any, cotangents: tuple[Any, Any]):
     operands, valid, reset, (saved, lengths) = residuals
     assert options.scale is not None
     core, core_vjp = jax.vjp(lambda x: _gpu_core(options, x, valid, reset), operands)
     plan = mosaic_gpu.make_plan(core.q, core.v, scale=options.scale, normed=lengths is not None)
-    do, dfinal_state = cotangents
-    gradients = mosaic_gpu.backward(plan, *core[:-1], core.initial_state, lengths, saved, do, dfinal_state)
+    # Nobody asked for, or nobody differentiated, what has a symbolic zero.
+    do, dfinal_state = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros_like(core.v) if do is None else do
+    gradients = mosaic_gpu.backward(plan, *core[:3], core.initial_state, lengths, saved, do, dfinal_state)
     return (*core_vjp(_KernelCore(*gradients)), None, None)
 
 
-_gpu_kernels.defvjp(_gpu_kernels_fwd, _gpu_kernels_bwd)
+_gpu_kernels.defvjp(_gpu_kernels_fwd, _gpu_kernels_bwd, symbolic_zeros=True)
 
 
 def _reference(
@@ -330,71 +330,3 @@ IMPLEMENTATIONS = {
     "mosaic_tpu": _known_scale_and_few_columns(_tpu_kernels, mosaic_tpu.MAX_DIM),
     "mosaic_gpu": _known_scale_and_few_columns(_gpu_kernels, mosaic_gpu.MAX_DIM),
 }
-
-
-# What has to be asked before they run: their adapter, what they are made for, and how JAX interprets them.
-_KERNELS = {
-    "mosaic_tpu": (mosaic_tpu, "TPUs", "tpu.force_tpu_interpret_mode"),
-    "mosaic_gpu": (mosaic_gpu, "Hopper GPUs", "mosaic_gpu.force_gpu_interpret_mode"),
-}
-
-
-@functools.cache
-def _log_choice(chosen: str, why: str) -> None:
-    _LOG.info("gated_delta_rule: implementation=None takes %r: %s", chosen, why)
-
-
-def choose(implementation: str | None, operands: Operands, inverse_precision: Any = None) -> str:
-    """The name of the implementation that runs: the one asked for, or the best that can.
-
-    Raises:
-        ValueError: an unknown name.
-        NotImplementedError: the one asked for cannot.
-    """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}. "
-            "Use None for the best one that can."
-        )
-    if implementation in ("chunked", "reference"):
-        return implementation
-    q, k, v = operands.q, operands.k, operands.v
-    if implementation is not None:
-        kernels, made_for, interpret_mode = _KERNELS[implementation]
-        if not kernels.runs_here() and not kernels.interpreted():
-            raise NotImplementedError(
-                f"implementation={implementation!r} runs on {made_for}; this is a {mosaic_tpu.target_platform()}. "
-                f"Use None, or interpret it with jax.experimental.pallas.{interpret_mode}()."
-            )
-        if why_not := kernels.refusal(q, k, v, inverse_precision):
-            raise NotImplementedError(f"implementation={implementation!r}: {why_not}. Use None or 'chunked'.")
-        return implementation
-    # Interpreted kernels must be named, since they are slow.
-    for name, (kernels, made_for, _) in _KERNELS.items():
-        if kernels.runs_here():
-            why_not = kernels.refusal(q, k, v, inverse_precision)
-            chosen = "chunked" if why_not else name
-            _log_choice(chosen, f"{name}: {why_not}" if why_not else f"these are {made_for}")
-            return chosen
-    _log_choice("chunked", "the fastest form that runs on every platform")
-    return "chunked"
-
-
-def run(
-    options: Options,
-    operands: Operands,
-    segment_ids: Array | None,
-    return_final_state: bool,
-    sequence_axis: str | None,
-    implementation: str | None,
-) -> tuple[Array, Array | None]:
-    """What `gated_delta_rule` returns, of operands that were checked."""
-    chosen = choose(implementation, operands, options.inverse_precision)
-    implement = functools.partial(IMPLEMENTATIONS[chosen], options)
-    before = None
-    if sequence_axis is not None:
-        implement = split_run(implement, sequence_axis, return_final_state)
-        before = None if segment_ids is None else last_id_before(segment_ids, sequence_axis)
-    masks = (None, None) if segment_ids is None else segment_masks(segment_ids, before)
-    o, final_state = implement(operands, *masks)
-    return o, final_state if return_final_state else None

@@ -110,11 +110,11 @@ def _launch(
     return [jax.lax.pcast(x, varying, to="varying") if varying else x for x in kernel(*inputs)]
 
 
-def _cut(plan: Plan, batch: int, value_heads: int) -> Plan:
-    """The plan with parts and their pieces, for so many sequences."""
+def _cut(plan: Plan, batch: int, value_heads: int, *, gradients: bool = True) -> Plan:
+    """The plan with parts and their pieces, for so many sequences, whether or not `gradients` follow."""
     parts = tiling.gpu_parts(plan.chunks, batch * value_heads * plan.slabs)
-    pieces = tiling.gpu_pieces(plan.chunks // parts) if parts > 1 else 1
-    return dataclasses.replace(plan, parts=parts, pieces=pieces)
+    pieces = tiling.gpu_pieces(plan.chunks // parts, finer=plan.wide and not gradients)
+    return dataclasses.replace(plan, parts=parts, pieces=pieces if parts > 1 else 1)
 
 
 class Saved(NamedTuple):
@@ -124,6 +124,7 @@ class Saved(NamedTuple):
         gamma: γ, (B, G, T) float32.
         states: that enter the chunks, every `state_stride`-th one, (B, G, N / stride, V, K) in the dtype of q.
         inverse: T of each chunk, (B, G, T, C) in the dtype of q.
+        roots: √β and, where q and k have norms, √β over the length of k, (B, G, T) float32.
         maps: transposed M of each piece, (B, G, P · pieces, 2, K, K) bfloat16, that add up; None where sequences are
             not cut.
         seen: `layout.Visible.backward`, which says which of them have been made; None with them.
@@ -132,6 +133,7 @@ class Saved(NamedTuple):
     gamma: Array
     states: Array
     inverse: Array
+    roots: list[Array]
     maps: Array | None = None
     seen: Array | None = None
 
@@ -158,9 +160,12 @@ def forward(
     def call(*arrays: Array) -> list[Array]:
         return _forward(plan, most_pieces, *jax.tree.unflatten(tree, arrays), save_states=save_states)
 
-    results = 2 + (3 + 2 * (most_pieces > 0)) * save_states
+    roots = 1 + plan.normed
+    results = 2 + (3 + roots + 2 * (most_pieces > 0)) * save_states
     o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
-    return o, final, Saved(*saved) if save_states else None
+    if not save_states:
+        return o, final, None
+    return o, final, Saved(*saved[:3], saved[3 : 3 + roots], *saved[3 + roots :])
 
 
 def _forward(
@@ -177,23 +182,21 @@ def _forward(
     save_states: bool,
 ) -> list[Array]:
     batch, value_heads = v.shape[0], v.shape[2]
-    plan = _cut(plan, batch, value_heads)
-    log2, factors = layout.gates(plan, log_decay, beta, lengths)
+    plan = _cut(plan, batch, value_heads, gradients=save_states)
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v = layout.whole(plan, v, plan.value_dim)
-    inverse, gamma = _launch(
+    one_over_k = [] if lengths is None else [layout.whole_lengths(plan, lengths.k)]
+    gate_shape = ((batch, value_heads, plan.length), jnp.float32)
+    inverse, gamma, *roots = _launch(
         "gdn_inverse",
         functools.partial(kernels.inverse_body, plan),
         {"n": plan.chunks, "b": batch, "g": value_heads},
-        [whole_k, log2, factors[1] if plan.normed else factors[0]],
-        [
-            ((batch, value_heads, plan.length, CHUNK), plan.compute),
-            ((batch, value_heads, plan.length), jnp.float32),
-        ],
+        [whole_k, *(layout.whole_gates(plan, x) for x in (log_decay, beta)), *one_over_k],
+        [((batch, value_heads, plan.length, CHUNK), plan.compute), *[gate_shape] * (2 + plan.normed)],
         kernels.inverse_scratch(plan),
         warpgroups=1,
     )
-    gates = [gamma, *factors]
+    gates = [gamma, *roots, *layout.scales(plan, lengths)]
     first = None if initial_state is None else layout.turned(plan, initial_state)
     for_parts = []
     if plan.parts > 1:
@@ -233,7 +236,7 @@ def _forward(
     )
     o = o[:, : q.shape[1], :, : v.shape[3]]
     final = final[:, :, -1].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]]
-    saved = [gamma, states[0], inverse] if save_states else []
+    saved = [gamma, states[0], inverse, *roots] if save_states else []
     if save_states and most_pieces:
         shapes = ((2, plan.key_dim, plan.key_dim), jnp.bfloat16), ((2,), jnp.int32)
         for_parts = for_parts or [
@@ -277,16 +280,14 @@ def backward(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T G V"],
-    log_decay: Float[Array, "B T G"],
-    beta: Float[Array, "B T G"],
     initial_state: Float[Array, "B G K V"] | None,
     lengths: layout.Lengths | None,
     saved: Saved,
     do: Float[Array, "B T G V"],
-    dfinal_state: Float[Array, "B G K V"],
+    dfinal_state: Float[Array, "B G K V"] | None,
 ) -> tuple[Array, Array, Array, Array, Array, Array | None]:
-    """Cotangents of q, k, v, log_decay, beta and, where there is one, the initial state."""
-    operands = (q, k, v, log_decay, beta, lengths, saved, do, dfinal_state)
+    """Cotangents of q, k, v, log_decay, beta and the initial state, if there is one; `dfinal_state` None is zero."""
+    operands = (q, k, v, lengths, saved, do, dfinal_state)
     arrays, tree = jax.tree.flatten(operands)
 
     def call(*arrays: Array) -> list[Array]:
@@ -301,59 +302,60 @@ def _backward(
     q: Array,
     k: Array,
     v: Array,
-    log_decay: Array,
-    beta: Array,
     lengths: layout.Lengths | None,
     saved: Saved,
     do: Array,
-    dfinal_state: Array,
+    dfinal_state: Array | None,
 ) -> list[Array]:
     batch, key_heads, value_heads = q.shape[0], q.shape[2], v.shape[2]
     plan = _cut(plan, batch, value_heads)
-    _, factors = layout.gates(plan, log_decay, beta, lengths)
-    gates = [saved.gamma, *factors]
+    gates = [saved.gamma, *saved.roots, *layout.scales(plan, lengths)]
     whole_q, whole_k = (layout.whole(plan, x, plan.key_dim) for x in (q, k))
     whole_v, whole_do = (layout.whole(plan, x.astype(v.dtype), plan.value_dim) for x in (v, do))
     stages, copies, scratch = kernels.walk_scratch(plan)
 
     def walk(
-        name: str, parts: int, extra: list[Array], outputs: list[tuple[tuple[int, ...], Any]]
+        name: str,
+        parts: int,
+        outputs: list[tuple[tuple[int, ...], Any]],
+        *,
+        seen: Array | None = None,
+        lasts: Array | None = None,
     ) -> list[Array]:
-        local = name == "gdn_local_walk"
+        local = seen is not None
         operands = [whole_q, whole_k, whole_do, saved.inverse, *gates]
         return _launch(
             name,
-            functools.partial(kernels.backward_walk_body, plan, stages, copies, local),
+            functools.partial(kernels.backward_walk_body, plan, stages, copies, local, lasts is not None),
             {"b": batch, "p": parts, "g": value_heads, "v": plan.slabs},
-            [*extra, *operands] if local else [*operands, *extra],
+            [*([] if seen is None else [seen]), *operands, *([] if lasts is None else [lasts])],
             [*outputs, ((batch, value_heads, parts, plan.value_dim, plan.key_dim), jnp.float32)],
             scratch,
             warpgroups=3,
         )
 
-    last = layout.turned(plan, dfinal_state)
+    lasts = last = None if dfinal_state is None else layout.turned(plan, dfinal_state)
     if plan.parts > 1:
         assert saved.maps is not None
         assert saved.seen is not None
-        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [saved.seen], [])
+        (entered,) = walk("gdn_local_walk", plan.parts * plan.pieces, [], seen=saved.seen)
         lasts = _ends(plan, saved.maps, entered, saved.seen, last, backward=True)
-    else:
+    elif last is not None:
         lasts = last[:, :, None]
     dv, dstates, dfirst = walk(
         "gdn_walk",
         plan.parts,
-        [lasts],
         [
             ((batch, plan.length, value_heads, plan.value_dim), plan.compute),
             ((batch, value_heads, plan.chunks, plan.value_dim, plan.key_dim), plan.compute),
         ],
+        lasts=lasts,
     )
     blocks = plan.key_dim // plan.key_block
     key_places, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, plan.state_stride, batch * value_heads * blocks)
     key_shape = (batch, plan.length, value_heads, plan.key_dim)
-    gate_shape = (blocks, batch, value_heads, plan.length)
-    dq, dk, dlog_decay, dbeta = _launch(
+    dq, dk, dgates = _launch(
         "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, key_places, stages, run),
         {"n": plan.chunks // run, "b": batch, "g": value_heads, "k": blocks},
@@ -361,8 +363,7 @@ def _backward(
         [
             (key_shape, plan.compute),
             (key_shape, plan.compute),
-            (gate_shape, jnp.float32),
-            (gate_shape, jnp.float32),
+            ((2, blocks, batch, value_heads, plan.length), jnp.float32),
         ],
         scratch,
         warpgroups=3,
@@ -393,7 +394,7 @@ def _backward(
         to_key_heads(dk, k, one_over_k),
         dv[:, :length, :, : v.shape[3]],
         # Blocks of K have a part of the one each, and all of the other.
-        to_tokens(jnp.sum(dlog_decay, axis=0)),
-        to_tokens(dbeta[0]),
+        to_tokens(jnp.sum(dgates[0], axis=0)),
+        to_tokens(dgates[1, 0]),
         dfirst[:, :, 0].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
     ]

@@ -45,6 +45,12 @@ _ROWS = _TILE.reduce(1)
 _COLUMNS = _TILE.reduce(0)
 _SQUARE = (CHUNK, CHUNK)
 _FLOAT = jnp.float32
+_LOG2_E = math.log2(math.e)
+# 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
+_FORGET_LOG2 = -160.0
+# β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
+# number, and less than this writes nothing that bfloat16 could hold.
+_LEAST_BETA = 2.0**-24
 # Registers of a thread: one warpgroup that moves memory, two that compute. A program of three has 3 · 168 to share, the
 # 65,536 of an SM in steps of 8: one that asks for more waits for ever.
 _MOVER_REGISTERS = 40
@@ -302,6 +308,14 @@ def _zeros(columns: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((CHUNK, columns), _FLOAT), _TILE)
 
 
+def _put(ref: Any, x: jax.Array) -> None:
+    """Writes to device memory what does not fill whole sectors of 32 bytes there, row by row."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:  # jax 0.11
+        ref[...] = x
+
+
 def _end_together(ended: Any) -> None:
     plgpu.barrier_arrive(ended)
     plgpu.barrier_wait(ended)
@@ -336,6 +350,10 @@ def _wait_for_last(count: int, slots: int, barrier: Any, skipped: Any = 0) -> No
 
 # Rows of a warp in a tile, and so of the diagonal blocks of T that are made first.
 _WARP_ROWS = 16
+# Value heads whose gates a program gets at once, being next to each other: the copy engine moves no fewer bytes.
+GATE_HEADS = 8
+# What a program has for each token, in shared memory and read by rows.
+_INVERSE_ROWS = ("gamma", "root", "key_root", "one_over_k", "ends")
 
 
 def _strips(x: jax.Array) -> list[jax.Array]:
@@ -346,28 +364,30 @@ def _strips(x: jax.Array) -> list[jax.Array]:
 
 
 def inverse_scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory of `inverse_body`. What is loaded has one layout: √β comes once for rows, once for columns."""
+    """Shared memory of `inverse_body`."""
     strip = (CHUNK, _WARP_ROWS)
     return {
         "k": tiled((CHUNK, plan.key_dim), plan.compute),
-        "log": plain(CHUNK),
-        "root_rows": plain(CHUNK),
-        "root_columns": plain(CHUNK),
-        "gamma": plain(CHUNK),
+        "log_decay": tiled((CHUNK, GATE_HEADS), _FLOAT),
+        "beta": tiled((CHUNK, GATE_HEADS), _FLOAT),
+        "rows": plain(len(_INVERSE_ROWS), CHUNK),
+        "log2": plain(CHUNK),
+        "starts": plain(CHUNK),
         "a": tiled(_SQUARE, jnp.float16, columns=_WARP_ROWS),
         "diagonal": tiled(strip, jnp.float16),
         "inverse": tiled(strip, jnp.float16),
         "corner": tiled(strip, jnp.float16),
         "result": tiled(_SQUARE, plan.compute, columns=_WARP_ROWS),
-        "gates_came": plgpu.Barrier(num_arrivals=3),
+        "gates_came": plgpu.Barrier(num_arrivals=2 + plan.normed),
         "came": plgpu.Barrier(),
     }
 
 
-def inverse_body(
-    plan: Plan, k_ref: Any, log_ref: Any, root_ref: Any, inverse_ref: Any, gamma_ref: Any, **s: Any
-) -> None:
-    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype. And γ, from log₂ α.
+def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *refs: Any, **s: Any) -> None:
+    """T of eq. (24) of one chunk by doubling, eq. (9): (B, G, T, C) in the compute dtype.
+
+    And from log α and β, (B, T, G), the gates as the others want them, (B, G, T): γ, √β and, with norms, √β over the
+    length of k. XLA would take two launches to lay these out, and there is a pause after the first one of a program.
 
     The 16 rows of a warp have one of the four diagonal blocks of 16 × 16. As long as nothing else is needed, these are
     a strip of 64 × 16, and a product of two of them is four products, each of whose left operands is zero but for one
@@ -376,38 +396,66 @@ def inverse_body(
     In float16: with unit keys and β ≤ 2 no entry of it, nor of the inverse of any diagonal block, nor of the products
     on the way is larger than 2, and float16 keeps three bits more than bfloat16.
     """
+    outputs = list(refs)
+    lengths_ref = outputs.pop(0) if plan.normed else None
+    inverse_ref = outputs.pop(0)
     b, n, g = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("g")
+    h = lax.div(g, plan.share)
     # From the last chunks of the parts to the first ones, which the walks want first: they are still in the L2 cache.
     chunk = lax.rem(n, plan.parts) * plan.part_chunks + plan.part_chunks - 1 - lax.div(n, plan.parts)
     tokens = pl.ds(chunk * CHUNK, CHUNK)
-    plgpu.copy_gmem_to_smem(log_ref.at[b, g, tokens], s["log"], s["gates_came"])
-    for name in ("root_rows", "root_columns"):
-        plgpu.copy_gmem_to_smem(root_ref.at[b, g, tokens], s[name], s["gates_came"])
-    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, lax.div(g, plan.share)], s["k"], s["came"])
-    row, column = (plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1))
-    plgpu.barrier_wait(s["gates_came"])
-    gamma = jnp.sum(jnp.where(row >= column, _across(_load(s["log"], _COLUMNS)), 0.0), axis=1)
-    s["gamma"][...] = gamma
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(s["gamma"], gamma_ref.at[b, g, tokens])
+    among = lax.rem(g, GATE_HEADS)
+    heads = pl.ds(lax.div(g, GATE_HEADS) * GATE_HEADS, GATE_HEADS)
+    for ref, name in ((log_decay_ref, "log_decay"), (beta_ref, "beta")):
+        plgpu.copy_gmem_to_smem(ref.at[b, tokens, heads], s[name], s["gates_came"])
 
-    ends = gamma + jnp.log2(_load(s["root_rows"], _ROWS))
-    starts = _load(s["gamma"], _COLUMNS) - jnp.log2(_load(s["root_columns"], _COLUMNS))
+    def kept(name: str) -> Any:
+        return s["rows"].at[_INVERSE_ROWS.index(name)]
+
+    if lengths_ref is not None:
+        plgpu.copy_gmem_to_smem(lengths_ref.at[b, h, tokens], kept("one_over_k"), s["gates_came"])
+    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], s["k"], s["came"])
+
+    def of_head(name: str) -> jax.Array:
+        head = plgpu.broadcasted_iota(jnp.int32, (CHUNK, GATE_HEADS), 1, layout=_TILE)
+        return jnp.sum(jnp.where(head == among, _load(s[name]), 0.0), axis=1)
+
+    row_index, column_index = (
+        plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1)
+    )
+    plgpu.barrier_wait(s["gates_came"])
+    s["log2"][...] = jnp.maximum(of_head("log_decay") * _LOG2_E, _FORGET_LOG2)
+    root = jnp.sqrt(jnp.maximum(of_head("beta"), _LEAST_BETA))
+    plgpu.commit_smem()
+    log2 = _across(_load(s["log2"], _COLUMNS))
+    gamma = jnp.sum(jnp.where(row_index >= column_index, log2, 0.0), axis=1)
+    kept("gamma")[...] = gamma
+    kept("root")[...] = root
+    if plan.normed:
+        root = root * _load(kept("one_over_k"), _ROWS)
+        kept("key_root")[...] = root
+    exponent = jnp.log2(root)
+    s["starts"][...] = gamma - exponent
+    kept("ends")[...] = gamma + exponent
+    plgpu.commit_smem()
+    for name, ref in zip(("gamma", "root", "key_root"), outputs, strict=False):
+        plgpu.copy_smem_to_gmem(kept(name), ref.at[b, g, tokens])
 
     plgpu.barrier_wait(s["came"])
 
     def prepare() -> jax.Array:
         # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used. New indices: a fifth program fits.
-        row, column = _indices(s["log"])
-        return jnp.exp2(jnp.where(row > column, _down(ends) - _across(starts), -jnp.inf))
+        row_index, column_index = _indices(kept("gamma"))
+        ends, starts = _load(kept("ends"), _ROWS), _load(s["starts"], _COLUMNS)
+        return jnp.exp2(jnp.where(row_index > column_index, _down(ends) - _across(starts), -jnp.inf))
 
     # Eq. (24).
     a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
     a = a * decay
-    row, column = (
+    row_index, column_index = (
         plgpu.broadcasted_iota(jnp.int32, (CHUNK, _WARP_ROWS), axis, layout=_TILE) for axis in (0, 1)
     )
-    warp, row = lax.shift_right_logical(row, 4), lax.bitwise_and(row, _WARP_ROWS - 1)
+    warp, row_index = lax.shift_right_logical(row_index, 4), lax.bitwise_and(row_index, _WARP_ROWS - 1)
     # Two float16 numbers are multiplied at once, and selected one by one.
     ones = [jnp.where(warp == i, 1.0, 0.0).astype(jnp.float16) for i in range(4)]
 
@@ -426,7 +474,7 @@ def inverse_body(
     )
     s["a"][...] = a.astype(jnp.float16)
     s["diagonal"][...] = diagonal.astype(jnp.float16)
-    apart = lax.bitwise_xor(row, column)
+    apart = lax.bitwise_xor(row_index, column_index)
     # Blocks of two: 1 on the diagonal, −A below it.
     inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, diagonal * -1.0, 0.0))
     for block in (2, 4, 8):
@@ -647,7 +695,7 @@ def summary_body(plan: Plan, stages: int, *refs: Any, **s: Any) -> None:
         @pl.when((begins < count) & (map_row >= 0) & (map_row < plan.key_dim))
         def _() -> None:
             for half, x in enumerate(_halves(state)):
-                maps_ref.at[b, g, piece, half, pl.ds(map_row, CHUNK)][...] = x
+                _put(maps_ref.at[b, g, piece, half, pl.ds(map_row, CHUNK)], x)
 
     _end_together(s["ended"])
 
@@ -1082,18 +1130,22 @@ def walk_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
     return stages, copies, buffers
 
 
-def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs: Any, **s: Any) -> None:
+def backward_walk_body(
+    plan: Plan, stages: int, copies: int, local: bool, has_last: bool, *refs: Any, **s: Any
+) -> None:
     """dv, the cotangents of the states that leave the chunks (B, G, N, V, K), and of those that enter the parts.
 
     If it is `local`, only the cotangents of what enters the pieces, if those of what leaves them are zero. It then
     skips as many of a piece's last chunks as the first input says; where these are all, nobody will ask, and it writes
     nothing.
+
+    `has_last`: the cotangent of what leaves each part is given, else it is zero.
     """
     rest = list(refs)
     skipped_ref = rest.pop(0) if local else None
     q_ref, k_ref, do_ref, inverse_ref, *rest = rest
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    dfinal_ref = None if local else rest.pop(0)
+    last_ref = rest.pop(0) if has_last else None
     dv_ref: Any = None if local else rest.pop(0)
     dstates_ref: Any = None if local else rest.pop(0)
     (dfirst_ref,) = rest
@@ -1217,10 +1269,8 @@ def backward_walk_body(plan: Plan, stages: int, copies: int, local: bool, *refs:
             plgpu.barrier_arrive(s["free"].at[slot])
             return dstate
 
-        dfinal = (
-            _zeros(plan.key_dim) if dfinal_ref is None else _load_state(dfinal_ref.at[b, g, part, columns])
-        )
-        dfirst = lax.fori_loop(skipped, count, step, dfinal)
+        last = _zeros(plan.key_dim) if last_ref is None else _load_state(last_ref.at[b, g, part, columns])
+        dfirst = lax.fori_loop(skipped, count, step, last)
 
         def put() -> None:
             dfirst_ref.at[b, g, part, columns][...] = dfirst
@@ -1344,7 +1394,7 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 
 
 def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
-    """dq and dk of each value head (B, T, G, K), d log α and dβ (blocks of K, B, G, T), of `chunks` chunks.
+    """dq and dk of each value head (B, T, G, K), d log α and dβ (2, blocks of K, B, G, T), of `chunks` chunks.
 
     A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as
     they came if a block is all of K; else what eq. (27) subtracts is missing.
@@ -1355,7 +1405,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     """
     q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    dq_ref, dk_ref, dlog_ref, dbeta_ref = rest
+    dq_ref, dk_ref, dgates_ref = rest
     b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
@@ -1641,7 +1691,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.copy_smem_to_gmem(
                 s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            plgpu.copy_smem_to_gmem(sums_of("dbeta"), dbeta_ref.at[block, b, g, tokens(c)])
+            plgpu.copy_smem_to_gmem(sums_of("dbeta"), dgates_ref.at[1, block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
@@ -1769,7 +1819,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.copy_smem_to_gmem(
                 s[name].at[place], dk_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            plgpu.copy_smem_to_gmem(sums_of("dlog"), dlog_ref.at[block, b, g, tokens(c)])
+            plgpu.copy_smem_to_gmem(sums_of("dlog"), dgates_ref.at[0, block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)

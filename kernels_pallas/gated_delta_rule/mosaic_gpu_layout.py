@@ -1,27 +1,20 @@
 """How the Hopper kernels want what they read: whole chunks, gates with time last, states transposed.
 
 q, k, v, o and their gradients stay (B, T, heads, dim): the copy engine picks one head's tokens out of that. The
-gates, small arrays, are laid out anew, (B, G, T).
+gates, small arrays, are laid out anew, (B, G, T), by the first kernel.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, Plan
+from kernels_pallas.gated_delta_rule.mosaic_gpu_kernel import CHUNK, GATE_HEADS, Plan
 
-_LOG2_E = math.log2(math.e)
-# 2 to it is 0 in float32, and sums of 64 of it are still exact to 1e-3: what forgets, forgets all.
-_FORGET_LOG2 = -160.0
 # Of a state that has lost more than that between a chunk and the end of its part, nothing is looked for there: 5e-20 of
 # it. The kernels round a state to 2^-9 of itself before they multiply by it.
 _UNSEEN_LOG2 = -64.0
-# β = 0 would lose what dβ is divided by. The root of this, times a cosine of keys, is still a normal float16
-# number, and less than this writes nothing that bfloat16 could hold.
-_LEAST_BETA = 2.0**-24
 
 
 class Lengths(NamedTuple):
@@ -58,23 +51,26 @@ def whole(plan: Plan, x: Array, dim: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, dim - x.shape[3])))
 
 
-def gates(plan: Plan, log_decay: Array, beta: Array, lengths: Lengths | None) -> tuple[Array, list[Array]]:
-    """(B, T, G) each → log₂ α, and √β, both (B, G, T) float32.
+def whole_gates(plan: Plan, x: Array) -> Array:
+    """log α or β (B, T, G) in float32, with zeros up to whole chunks: nothing is forgotten there, nor written.
 
-    With `lengths` also √β over the length of k, and the scale over that of q, (B, G, T).
+    And up to a multiple of `GATE_HEADS` heads.
     """
-    missing = plan.length - log_decay.shape[1]
-    filling = ((0, 0), (0, missing), (0, 0))
-    log2 = jnp.maximum(jnp.pad(log_decay, filling).astype(jnp.float32) * _LOG2_E, _FORGET_LOG2)
-    root = jnp.sqrt(jnp.maximum(jnp.pad(beta, filling).astype(jnp.float32), _LEAST_BETA))
-    log2, root = (x.transpose(0, 2, 1) for x in (log2, root))
+    filling = ((0, 0), (0, plan.length - x.shape[1]), (0, -x.shape[2] % GATE_HEADS))
+    return jnp.pad(x.astype(jnp.float32), filling)
+
+
+def whole_lengths(plan: Plan, one_over: Array) -> Array:
+    """(B, H, T) with ones up to whole chunks."""
+    missing = plan.length - one_over.shape[2]
+    return jnp.pad(one_over, ((0, 0), (0, 0), (0, missing)), constant_values=1.0)
+
+
+def scales(plan: Plan, lengths: Lengths | None) -> list[Array]:
+    """The scale over the length of q, (B, G, T); none where q has no norm."""
     if lengths is None:
-        return log2, [root]
-    q, k = (
-        jnp.repeat(jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=1.0), plan.share, axis=1)
-        for x in lengths
-    )
-    return log2, [root, root * k, plan.scale * q]
+        return []
+    return [plan.scale * jnp.repeat(whole_lengths(plan, lengths.q), plan.share, axis=1)]
 
 
 class Visible(NamedTuple):

@@ -118,7 +118,12 @@ def gpu_parts(chunks: int, rows: int) -> int:
     return min((parts for parts in range(1, min(chunks, most) + 1) if chunks % parts == 0), key=cost)
 
 
-def gpu_pieces(part_chunks: int) -> int:
-    """Into how many pieces of equal length a part is cut for its first walk; divides `part_chunks`."""
-    most = min(_GPU_PIECES, part_chunks // _GPU_PIECE_CHUNKS)
+def gpu_pieces(part_chunks: int, *, finer: bool) -> int:
+    """Into how many pieces of equal length a part is cut for its first walk; divides `part_chunks`.
+
+    Args:
+        part_chunks: of which a part is.
+        finer: whether K is 256 and no gradients follow.
+    """
+    most = min(_GPU_PIECES, part_chunks // (_GPU_PIECE_CHUNKS // (1 + finer)))
     return next(pieces for pieces in range(max(most, 1), 0, -1) if part_chunks % pieces == 0)
