@@ -165,7 +165,8 @@ def forward(
     o, final, *saved = folding_vmap(call, [0] * results)(*arrays)
     if not save_states:
         return o, final, None
-    return o, final, Saved(*saved[:3], saved[3 : 3 + roots], *saved[3 + roots :])
+    gamma, states, inverse, *rest = saved
+    return o, final, Saved(gamma, states, inverse, rest[:roots], *rest[roots:])
 
 
 def _forward(
@@ -315,12 +316,7 @@ def _backward(
     stages, copies, scratch = kernels.walk_scratch(plan)
 
     def walk(
-        name: str,
-        parts: int,
-        outputs: list[tuple[tuple[int, ...], Any]],
-        *,
-        seen: Array | None = None,
-        lasts: Array | None = None,
+        name: str, parts: int, outputs: list[Any], *, seen: Array | None = None, lasts: Array | None = None
     ) -> list[Array]:
         local = seen is not None
         operands = [whole_q, whole_k, whole_do, saved.inverse, *gates]
@@ -355,7 +351,8 @@ def _backward(
     key_places, stages, scratch = kernels.gradients_scratch(plan)
     run = tiling.gpu_run(plan.chunks, plan.state_stride, batch * value_heads * blocks)
     key_shape = (batch, plan.length, value_heads, plan.key_dim)
-    dq, dk, dgates = _launch(
+    gate_shape = (blocks, batch, value_heads, plan.length)
+    dq, dk, dlog_decay, dbeta = _launch(
         "gdn_gradients",
         functools.partial(kernels.gradients_body, plan, key_places, stages, run),
         {"n": plan.chunks // run, "b": batch, "g": value_heads, "k": blocks},
@@ -363,7 +360,8 @@ def _backward(
         [
             (key_shape, plan.compute),
             (key_shape, plan.compute),
-            ((2, blocks, batch, value_heads, plan.length), jnp.float32),
+            (gate_shape, jnp.float32),
+            (gate_shape, jnp.float32),
         ],
         scratch,
         warpgroups=3,
@@ -394,7 +392,7 @@ def _backward(
         to_key_heads(dk, k, one_over_k),
         dv[:, :length, :, : v.shape[3]],
         # Blocks of K have a part of the one each, and all of the other.
-        to_tokens(jnp.sum(dgates[0], axis=0)),
-        to_tokens(dgates[1, 0]),
+        to_tokens(jnp.sum(dlog_decay, axis=0)),
+        to_tokens(dbeta[0]),
         dfirst[:, :, 0].swapaxes(2, 3)[:, :, : q.shape[3], : v.shape[3]],
     ]

@@ -353,7 +353,7 @@ _WARP_ROWS = 16
 # Value heads whose gates a program gets at once, being next to each other: the copy engine moves no fewer bytes.
 GATE_HEADS = 8
 # What a program has for each token, in shared memory and read by rows.
-_INVERSE_ROWS = ("gamma", "root", "key_root", "one_over_k", "ends")
+_INVERSE_ROWS = ("gamma", "root", "key_root", "one_over_k")
 
 
 def _strips(x: jax.Array) -> list[jax.Array]:
@@ -364,19 +364,17 @@ def _strips(x: jax.Array) -> list[jax.Array]:
 
 
 def inverse_scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory of `inverse_body`."""
+    """Shared memory of `inverse_body`. With K = 128 there is room for five programs, and not for 1 KiB more of each."""
     strip = (CHUNK, _WARP_ROWS)
     return {
         "k": tiled((CHUNK, plan.key_dim), plan.compute),
         "log_decay": tiled((CHUNK, GATE_HEADS), _FLOAT),
         "beta": tiled((CHUNK, GATE_HEADS), _FLOAT),
         "rows": plain(len(_INVERSE_ROWS), CHUNK),
-        "log2": plain(CHUNK),
-        "starts": plain(CHUNK),
+        "columns": plain(2, CHUNK),
         "a": tiled(_SQUARE, jnp.float16, columns=_WARP_ROWS),
         "diagonal": tiled(strip, jnp.float16),
         "inverse": tiled(strip, jnp.float16),
-        "corner": tiled(strip, jnp.float16),
         "result": tiled(_SQUARE, plan.compute, columns=_WARP_ROWS),
         "gates_came": plgpu.Barrier(num_arrivals=2 + plan.normed),
         "came": plgpu.Barrier(),
@@ -424,19 +422,19 @@ def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *ref
         plgpu.broadcasted_iota(jnp.int32, _SQUARE, axis, layout=_TILE) for axis in (0, 1)
     )
     plgpu.barrier_wait(s["gates_came"])
-    s["log2"][...] = jnp.maximum(of_head("log_decay") * _LOG2_E, _FORGET_LOG2)
+    log2, starts = (s["columns"].at[i] for i in range(2))
+    log2[...] = jnp.maximum(of_head("log_decay") * _LOG2_E, _FORGET_LOG2)
     root = jnp.sqrt(jnp.maximum(of_head("beta"), _LEAST_BETA))
     plgpu.commit_smem()
-    log2 = _across(_load(s["log2"], _COLUMNS))
-    gamma = jnp.sum(jnp.where(row_index >= column_index, log2, 0.0), axis=1)
+    gamma = jnp.sum(jnp.where(row_index >= column_index, _across(_load(log2, _COLUMNS)), 0.0), axis=1)
     kept("gamma")[...] = gamma
     kept("root")[...] = root
     if plan.normed:
         root = root * _load(kept("one_over_k"), _ROWS)
         kept("key_root")[...] = root
     exponent = jnp.log2(root)
-    s["starts"][...] = gamma - exponent
-    kept("ends")[...] = gamma + exponent
+    starts[...] = gamma - exponent
+    ends = gamma + exponent
     plgpu.commit_smem()
     for name, ref in zip(("gamma", "root", "key_root"), outputs, strict=False):
         plgpu.copy_smem_to_gmem(kept(name), ref.at[b, g, tokens])
@@ -446,8 +444,8 @@ def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *ref
     def prepare() -> jax.Array:
         # √β_i E_ij √β_j is one power. Only what lies below the diagonal is used. New indices: a fifth program fits.
         row_index, column_index = _indices(kept("gamma"))
-        ends, starts = _load(kept("ends"), _ROWS), _load(s["starts"], _COLUMNS)
-        return jnp.exp2(jnp.where(row_index > column_index, _down(ends) - _across(starts), -jnp.inf))
+        exponents = _down(ends) - _across(_load(starts, _COLUMNS))
+        return jnp.exp2(jnp.where(row_index > column_index, exponents, -jnp.inf))
 
     # Eq. (24).
     a, decay = _dots(plan, (s["k"], s["k"].T), meanwhile=prepare)
@@ -497,7 +495,8 @@ def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *ref
     product = (product * -1.0).astype(jnp.float16)
     (small,) = _sums(plan, (None, [(only(i, product), rows(s["inverse"], i - 1)) for i in (1, 3)]))
     small_low = small.astype(jnp.float16)
-    s["corner"][...] = small_low
+    # Nobody wants what was there any more.
+    s["diagonal"][...] = small_low
     plgpu.commit_smem()
     # and the whole one of 32 × 32, in the last two warps.
     left = jnp.where(warp == 2, low, only(3, small_low)), only(3, low)
@@ -507,7 +506,7 @@ def inverse_body(plan: Plan, k_ref: Any, log_decay_ref: Any, beta_ref: Any, *ref
     first, second = _strips((product * -1.0).astype(jnp.float16))
     large = _sums(
         plan,
-        (None, [(first, rows(s["inverse"], 0)), (second, rows(s["corner"], 1))]),
+        (None, [(first, rows(s["inverse"], 0)), (second, rows(s["diagonal"], 1))]),
         (None, [(second, rows(s["inverse"], 1))]),
     )
     strips = (
@@ -1394,7 +1393,7 @@ def gradients_scratch(plan: Plan) -> tuple[int, int, dict[str, Any]]:
 
 
 def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs: Any, **s: Any) -> None:
-    """dq and dk of each value head (B, T, G, K), d log α and dβ (2, blocks of K, B, G, T), of `chunks` chunks.
+    """dq and dk of each value head (B, T, G, K), d log α and dβ (blocks of K, B, G, T), of `chunks` chunks.
 
     A block of K has its part of d log α, and all of dβ. Where q and k have norms, dq and dk are those of q and k as
     they came if a block is all of K; else what eq. (27) subtracts is missing.
@@ -1405,7 +1404,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
     """
     q_ref, k_ref, v_ref, do_ref, dv_ref, inverse_ref, states_ref, dstates_ref, *rest = refs
     gamma_ref, root_ref, key_root_ref, scale_ref = _gate_refs(plan, rest)
-    dq_ref, dk_ref, dgates_ref = rest
+    dq_ref, dk_ref, dlog_ref, dbeta_ref = rest
     b, run, g, block = (lax.axis_index(name) for name in ("b", "n", "g", "k"))
     h = lax.div(g, plan.share)
     warpgroup = lax.axis_index("warpgroup")
@@ -1691,7 +1690,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.copy_smem_to_gmem(
                 s["dq"].at[0], dq_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            plgpu.copy_smem_to_gmem(sums_of("dbeta"), dgates_ref.at[1, block, b, g, tokens(c)])
+            plgpu.copy_smem_to_gmem(sums_of("dbeta"), dbeta_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
@@ -1819,7 +1818,7 @@ def gradients_body(plan: Plan, key_places: int, stages: int, chunks: int, *refs:
             plgpu.copy_smem_to_gmem(
                 s[name].at[place], dk_ref.at[b, tokens(c), g, key_columns[0]], commit_group=False
             )
-            plgpu.copy_smem_to_gmem(sums_of("dlog"), dgates_ref.at[0, block, b, g, tokens(c)])
+            plgpu.copy_smem_to_gmem(sums_of("dlog"), dlog_ref.at[block, b, g, tokens(c)])
             return carry
 
         lax.fori_loop(0, chunks, chunk, None)
