@@ -334,7 +334,7 @@ def without(cut, case):
             lambda local, transition, axis: 0 * local,
         ),
         "ids": (
-            "kernels_pallas.gated_delta_rule.implementations",
+            "kernels_pallas.gated_delta_rule.choice",
             "last_id_before",
             lambda ids, axis: 0 * ids[:, 0],
         ),

@@ -21,6 +21,7 @@ from kernels_pallas.gated_delta_rule.triangular import inverse_by_doubling, inve
 # By name: the op `gated_delta_rule` hides the folder of the same name as an attribute of the package.
 chunked = importlib.import_module("kernels_pallas.gated_delta_rule.chunked")
 implementations = importlib.import_module("kernels_pallas.gated_delta_rule.implementations")
+choice = importlib.import_module("kernels_pallas.gated_delta_rule.choice")
 
 SHAPE = (2, 40, 1, 2, 12, 20)
 gradients = jax.jit(functools.partial(forward_and_gradients, gated_delta_rule))
@@ -303,7 +304,7 @@ def test_padding_may_hold_anything():
 
 
 def test_choice_is_logged_once(caplog):
-    implementations._log_choice.cache_clear()
+    choice._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         for _ in range(2):
             # A new function each time: one that JAX has traced already is not called again.
@@ -320,7 +321,7 @@ def test_a_hopper_gpu_takes_its_kernels_where_it_can(monkeypatch):
 
     def chosen(q, k, v, precision=None):
         operands = implementations.Operands(q, k, v, x["log_decay"], x["beta"], None, None, None, None)
-        return implementations.choose(None, operands, precision)
+        return choice.choose(None, operands, precision)
 
     assert chosen(**narrow) == "mosaic_gpu"
     # What they cannot do is done by plain JAX, and only what names them is refused.
