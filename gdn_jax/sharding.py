@@ -149,23 +149,31 @@ def lookup(table: nnx.Param, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     value, devices = parameter(table, dtype), free_axes()
     if not devices:
-        return value[tokens]
+        return _rows(value, tokens)
     whole_rows = {name: n for name, n in devices.items() if name != FSDP}
     rows = partition_spec((ax.VOCAB, None), value.shape, whole_rows)
     places = partition_spec((BATCH, TIME), tokens.shape, devices)
 
     def local(value: jax.Array, tokens: jax.Array) -> jax.Array:
         if rows[0] is None:
-            return value[tokens]
+            return _rows(value, tokens)
         tokens = tokens - jax.lax.axis_index(TENSOR) * len(value)
         mine = (tokens >= 0) & (tokens < len(value))
-        found = jnp.where(mine[..., None], value[jnp.where(mine, tokens, 0)], jnp.zeros((), value.dtype))
+        found = jnp.where(
+            mine[..., None], _rows(value, jnp.where(mine, tokens, 0)), jnp.zeros((), value.dtype)
+        )
         return jax.lax.psum(found, TENSOR)
 
     split = jax.shard_map(
         local, in_specs=(rows, places), out_specs=P(*places, None), axis_names=_automatic_axes()
     )
     return split(value, tokens)
+
+
+def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    # The gradient adds up a row for every time that its token occurs, "the" some hundred times a batch: in float32,
+    # since bfloat16 would drop most of them, and since a GPU adds float32 in one operation, bfloat16 in a loop.
+    return table.astype(jnp.float32)[tokens].astype(table.dtype)
 
 
 def over_time(

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from gdn_jax import GatedDeltaNet, GDNConfig, GDNLanguageModel
+from gdn_jax.layers import wide_matmul
+from gdn_jax.sharding import lookup
 
 CONFIG = GDNConfig(
     width=16,
@@ -27,6 +29,11 @@ def rms_ratio(actual, expected):
     """RMS(error) / RMS(expected), in float64."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
+
+
+def gradients(model, tokens):
+    """Of a loss that every logit is in, one array per parameter."""
+    return jax.tree.leaves(nnx.grad(lambda m: jnp.mean(m(tokens) ** 2))(model))
 
 
 def _randomized(model, key=7):
@@ -96,11 +103,44 @@ def test_remat_changes_nothing(model, policy):
     remat = GDNLanguageModel(dataclasses.replace(CONFIG, remat=policy), rngs=nnx.Rngs(0))
     nnx.update(remat, nnx.state(model, nnx.Param))
 
-    def grads(m):
-        return nnx.grad(lambda m: jnp.mean(m(tokens) ** 2))(m)
-
-    for got, expected in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads(model)), strict=True):
+    for got, expected in zip(gradients(remat, tokens), gradients(model, tokens), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_unrolled_layers_change_nothing(model, monkeypatch):
+    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
+    looped = gradients(model, tokens)
+    monkeypatch.setattr("gdn_jax.model._unrolled", lambda num_layers: True)
+    assert f"unroll={CONFIG.num_layers}" in str(jax.make_jaxpr(model.__call__)(tokens))
+    for got, expected in zip(gradients(model, tokens), looped, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
+    """1,000 times the same small cotangent: added up in bfloat16 they would stop at 256 of them."""
+    tokens = jnp.ones((1, 1000), jnp.int32)
+
+    def total(table):
+        return jnp.sum(lookup(nnx.Param(table), tokens, jnp.bfloat16).astype(jnp.float32))
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.zeros((3, 2)))[1], 1000.0, rtol=2**-8)
+
+
+def test_the_readout_multiplies_in_its_own_dtype():
+    """Its cotangents are those of plain matmuls; in bfloat16 no float32 operand is left."""
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
+    cotangent = jax.random.normal(jax.random.key(2), (2, 3, 5))
+    plain, wide = (jax.vjp(f, x, kernel)[1](cotangent) for f in (jnp.matmul, wide_matmul))
+    for got, expected in zip(wide, plain, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+    low = (x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    for got, expected in zip(jax.vjp(wide_matmul, *low)[1](cotangent), plain, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert rms_ratio(got, expected) < 0.02
+    program = jax.make_jaxpr(lambda x, kernel: jax.vjp(wide_matmul, x, kernel)[1](cotangent))(*low)
+    products = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert {str(operand.aval.dtype) for eqn in products for operand in eqn.invars} == {"bfloat16"}
 
 
 def test_bfloat16_compute_is_close(model):
