@@ -152,7 +152,7 @@ class GDNLanguageModel(nnx.Module):
 
         embedded = constrain(lookup(self.embedding, tokens, dtype), BATCH, TIME, ax.EMBED)
         body = _rematerialised(block, config.remat)
-        at_once = config.num_layers if _unrolled(config.num_layers) else 1
+        at_once = config.num_layers if unrolled(config.num_layers) else 1
         x, seen = jax.lax.scan(body, embedded, (layers, perturbations), unroll=at_once)
         normed = self.final_norm(x)
         kernel = (
@@ -166,7 +166,7 @@ class GDNLanguageModel(nnx.Module):
         return logits, seen
 
 
-def _unrolled(num_layers: int) -> bool:
+def unrolled(num_layers: int) -> bool:
     """Whether layers are compiled one by one rather than as a loop; the values are the same.
 
     A loop zeroes, writes and reads stacks of what the backward pass needs. On an H100 that is 13 % of a step of four

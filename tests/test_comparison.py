@@ -10,7 +10,7 @@ from train.comparison import comparison
 from train.results import replace_table, write_results
 
 
-def sweep(folder, optimum, *, seeds=5, widths=(128,), noise=0.002, least=4.0):
+def sweep(folder, optimum, *, seeds=5, widths=(128,), noise=0.002, least=4.0, preset="mup"):
     """A finished sweep; equal seeds have equal noise, whatever the sweep."""
     folder.mkdir()
     (folder / "sweep.json").write_text("{}")
@@ -18,9 +18,9 @@ def sweep(folder, optimum, *, seeds=5, widths=(128,), noise=0.002, least=4.0):
     for width in widths:
         rng = np.random.default_rng(width)
         for exponent in np.arange(-9, -4, 0.5):
-            for seed, noisy in enumerate(rng.normal(0, noise, 5)[:seeds]):
+            for seed, noisy in enumerate(rng.normal(0, noise, 8)[:seeds]):
                 row = {
-                    "preset": "mup", "optimizer": "adamw", "regime": "heads", "width": width, "seed": seed,
+                    "preset": preset, "optimizer": "adamw", "regime": "heads", "width": width, "seed": seed,
                     "learning_rate": 2.0**exponent, "steps": 3, "tokens": 384, "diverged_at_step": None,
                     "val_loss": least + 0.05 * (exponent - optimum) ** 2 + noisy, "config_fingerprint": "f",
                     "code_version": "v", "base_width": 128,
@@ -58,6 +58,22 @@ def test_a_shift_is_found_with_its_interval(tmp_path):
     # No such width in the first.
     assert other[2] == "256"
     assert other[4] == "—"
+
+
+def test_the_interval_of_a_shift_is_over_the_seeds_that_both_have(tmp_path):
+    few, many = sweep(tmp_path / "few", -6.4, noise=0.01), sweep(tmp_path / "many", -6.4, noise=0.01, seeds=8)
+    # The noise of equal seeds is equal, so over these five nothing moves; over all eight the optimum is another.
+    shift = numbers(cells(comparison([few, many]))[1][4])
+    assert shift[0] != 0
+    assert shift[1:] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_a_preset_of_one_sweep_alone_is_left_out(tmp_path):
+    one, two = sweep(tmp_path / "one", -6.4), sweep(tmp_path / "two", -6.5)
+    other = sweep(tmp_path / "other", -8.0, preset="sp")
+    with (one / "rows.jsonl").open("a") as rows:
+        rows.write((other / "rows.jsonl").read_text())
+    assert {row[1] for row in cells(comparison([one, two]))} == {"`mup`"}
 
 
 def test_without_five_seeds_there_is_no_interval_and_without_a_minimum_no_number(tmp_path):

@@ -110,7 +110,7 @@ def test_remat_changes_nothing(model, policy):
 def test_unrolled_layers_change_nothing(model, monkeypatch):
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
     looped = gradients(model, tokens)
-    monkeypatch.setattr("gdn_jax.model._unrolled", lambda num_layers: True)
+    monkeypatch.setattr("gdn_jax.model.unrolled", lambda num_layers: True)
     assert f"unroll={CONFIG.num_layers}" in str(jax.make_jaxpr(model.__call__)(tokens))
     for got, expected in zip(gradients(model, tokens), looped, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
