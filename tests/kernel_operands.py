@@ -82,14 +82,20 @@ def forward_and_gradients(op, x, **options):
 
 def rounded(shape, dtype, **hard):
     """Operands whose q, k and v have a dtype; gates and states are float32."""
-    x = cast(operands(*shape, **hard), "float32")
-    return x | {name: x[name].astype(dtype) for name in "qkv"}
+    x = {name: np.asarray(y, np.float32) for name, y in operands(*shape, **hard).items()}
+    return {name: jnp.asarray(y, dtype if name in ("q", "k", "v") else "float32") for name, y in x.items()}
+
+
+@functools.cache
+def _compiled(op):
+    """One program of each shape for all tests of an op."""
+    return jax.jit(functools.partial(forward_and_gradients, op))
 
 
 def defined(op, x):
     """Forward and gradients of an op in float64."""
     with jax.enable_x64(True):
-        return jax.jit(functools.partial(forward_and_gradients, op))(cast(x, "float64"))
+        return _compiled(op)(cast(x, "float64"))
 
 
 def documents():
