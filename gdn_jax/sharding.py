@@ -172,7 +172,7 @@ def lookup(table: nnx.Param, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
     # The gradient adds up a row for every time that its token occurs, "the" some hundred times a batch: in float32,
-    # since bfloat16 would drop most of them, and since a GPU adds float32 in one operation, bfloat16 in a loop.
+    # since in bfloat16 a sum of equal terms stops at 256 of them, and since a GPU adds bfloat16 in a loop.
     return table.astype(jnp.float32)[tokens].astype(table.dtype)
 
 

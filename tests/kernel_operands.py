@@ -86,7 +86,7 @@ def rounded(shape, dtype, **hard):
     return {name: jnp.asarray(y, dtype if name in ("q", "k", "v") else "float32") for name, y in x.items()}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _compiled(op):
     """One program of each shape for all tests of an op."""
     return jax.jit(functools.partial(forward_and_gradients, op))

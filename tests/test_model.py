@@ -10,6 +10,7 @@ from flax import nnx
 
 from gdn_jax import GatedDeltaNet, GDNConfig, GDNLanguageModel
 from gdn_jax.layers import wide_matmul
+from gdn_jax.model import unrolled
 from gdn_jax.sharding import lookup
 
 CONFIG = GDNConfig(
@@ -113,7 +114,17 @@ def test_unrolled_layers_change_nothing(model, monkeypatch):
     monkeypatch.setattr("gdn_jax.model.unrolled", lambda num_layers: True)
     assert f"unroll={CONFIG.num_layers}" in str(jax.make_jaxpr(model.__call__)(tokens))
     for got, expected in zip(gradients(model, tokens), looped, strict=True):
+        # Float32, in another order, as with remat; entries that cancel have errors of the size of what cancels.
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_are_unrolled_on_a_gpu_only_and_not_along_fsdp(monkeypatch):
+    assert not unrolled(2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert unrolled(16)
+    assert not unrolled(17)
+    monkeypatch.setattr("gdn_jax.model.free_axes", lambda: {"fsdp": 2})
+    assert not unrolled(2)
 
 
 def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
@@ -123,6 +134,7 @@ def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
     def total(table):
         return jnp.sum(lookup(nnx.Param(table), tokens, jnp.bfloat16).astype(jnp.float32))
 
+    # The sum is rounded once, to the eight bits of bfloat16.
     np.testing.assert_allclose(jax.grad(total)(jnp.zeros((3, 2)))[1], 1000.0, rtol=2**-8)
 
 
@@ -132,6 +144,7 @@ def test_the_readout_multiplies_in_its_own_dtype():
     cotangent = jax.random.normal(jax.random.key(2), (2, 3, 5))
     plain, wide = (jax.vjp(f, x, kernel)[1](cotangent) for f in (jnp.matmul, wide_matmul))
     for got, expected in zip(wide, plain, strict=True):
+        # Float32, in another order.
         np.testing.assert_allclose(got, expected, rtol=1e-5)
     low = (x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     for got, expected in zip(jax.vjp(wide_matmul, *low)[1](cotangent), plain, strict=True):

@@ -13,6 +13,7 @@ import jax
 import pytest
 import tiny
 
+from train.config import ModelOptions, OptimizerOptions
 from train.step import Program
 from train.sweep_plan import Lane, describe, plan_sweep, points_that_fit
 
@@ -89,6 +90,29 @@ def test_as_many_points_as_fit_into_an_accelerator():
     Device.limit = 1
     assert points_that_fit(programs, 1024, Device()) == {8: 1, 16: 1}
     assert points_that_fit(programs, 1024, jax.devices()[0]) == {8: 1, 16: 1}
+
+
+# GiB of a point as XLA counts arguments and temporaries for an H100: four layers, 8,192 tokens, vocabulary 8,192.
+@pytest.mark.parametrize(
+    ("regime", "width", "counted"),
+    [("heads", 256, 0.832), ("heads", 1024, 2.678), ("head_dim", 128, 0.713), ("head_dim", 1024, 2.954)],
+)
+def test_unrolled_points_fit_by_the_compilers_count(regime, width, counted, monkeypatch):
+    monkeypatch.setattr("train.sweep_plan.unrolled", lambda num_layers: True)
+    heads = {"key_dim": 64, "value_dim": 64}
+    dims = {"key_dim": 16, "value_dim": 32, "key_heads": 6, "value_heads": 6}
+    options = heads if regime == "heads" else dims
+    model = ModelOptions(layers=4, base_width=128, regime=regime, compute_dtype="bfloat16", **options)
+
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": int(1000 * counted * 2**30)}
+
+    program = Program(model.gdn_config(width, 8192), OptimizerOptions(), steps=9)
+    # No more than fit, of a thousand; and no fewer than the part of the memory that is used, less 14 %.
+    assert 780 < points_that_fit({width: program}, 8192, Device())[width] <= 1000
 
 
 def test_the_plan_says_where_how_much_and_how_long():
