@@ -121,7 +121,7 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
         FigureCanvasAgg(figure)
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         figure.subplots_adjust(
-            left=0.075,
+            left=0.088,
             right=0.985,
             top=1 - space / height,
             bottom=0.52 / height,
@@ -153,7 +153,8 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
                 panel.set_ylabel("validation loss (nats per token)")
         _x_axis(grid.flat[0], by_preset)
         # None inside the strip of the diverged runs.
-        ticks = [tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top]
+        steps = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(bottom, top)
+        ticks = [tick for tick in steps if bottom <= tick <= top]
         grid.flat[0].set_yticks(ticks)
         _header(figure, report, styles, height, above, beyond)
         save(figure, path)
@@ -203,9 +204,10 @@ def _curve(panel: Axes, curve: Curve, style: Style, several: bool, top: float) -
         mew=0.5,
         zorder=3,
     )
-    # Not into the strip of the diverged runs.
+    # Not into the strip of the diverged runs. No larger than the panel: Agg counts pixels in 32 bits.
+    bottom = panel.get_ylim()[0]
     for artist in artists:
-        artist.set_clip_path(Rectangle((-1e3, -1e6), 2e3, 1e6 + top, transform=panel.transData))
+        artist.set_clip_path(Rectangle((0, bottom), 1, top - bottom, transform=panel.get_yaxis_transform()))
     beyond = curve.log2_x[curve.loss > top]
     if beyond.size:
         below = ScaledTranslation(0, -5 / 72, panel.figure.dpi_scale_trans)
