@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -174,3 +177,14 @@ def test_help(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "gdn" in capsys.readouterr().out
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_traceback():
+    words = [sys.executable, "-m", "train", "sweep", "--help"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE

@@ -17,7 +17,7 @@ from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
 from train.step import TrainState
-from train.stopped_packs import StoppedPacks
+from train.stopped_packs import StoppedPacks, TrainedPack
 from train.sweep import run_sweep
 from train.sweep_options import SweepOptions
 from train.sweep_points import Point, Progress, packs, plan_points
@@ -277,15 +277,15 @@ def test_a_damaged_stopped_pack_begins_anew_and_is_named(tmp_path, caplog):
     def state(value):
         return TrainState({"w": jnp.full(3, value)}, {}, (), jnp.int32(value), jnp.int32(-1))
 
-    stopped.save(keys, 5, state(7.0))
-    restored, step = stopped.restore(keys, state(0.0))
-    assert (restored.params["w"].tolist(), int(restored.step), step) == ([7.0] * 3, 7, 5)
+    stopped.save(keys, TrainedPack(state(7.0), 5, 1.5))
+    restored, *told = stopped.restore(keys, state(0.0))
+    assert (restored.params["w"].tolist(), int(restored.step), told) == ([7.0] * 3, 7, [5, 1.5])
     (path,) = (tmp_path / "stopped").iterdir()
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(bytes(content))
     fresh = state(0.0)
-    restored, step = stopped.restore(keys, fresh)
+    restored, *told = stopped.restore(keys, fresh)
     assert restored is fresh
-    assert step == 0
+    assert told == [0, 0.0]
     assert "is damaged: its points are trained from the start" in caplog.text

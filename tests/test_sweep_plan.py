@@ -73,6 +73,15 @@ def test_packs_are_of_one_size():
     assert plan.pack_size(plan.lanes[0], 64) == 14
 
 
+def test_what_is_left_of_a_sweep_is_not_filled_up_to_a_whole_pack():
+    plan = plan_sweep({64: list(range(50))}, {64: 1}, processes=1, devices=2, per_device=EACH[8])
+    (lane,) = plan.lanes
+    # After one, two and three of the packs of 14: the same packs as without a stop.
+    assert [plan.pack_size(lane, 64, left) for left in (36, 22, 8)] == [14, 14, 14]
+    # Other points: as few as two devices can share, and packs of one size again.
+    assert [plan.pack_size(lane, 64, left) for left in (1, 5, 17, 49)] == [2, 6, 10, 14]
+
+
 def test_as_many_points_as_fit_into_an_accelerator():
     class Device:
         platform, limit = "gpu", 2**30

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -112,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
                 start_processes()
         code = _run(command)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read, `head` say, has gone; Python would complain at the end that it cannot write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
@@ -139,6 +145,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
             return tyro.cli(Command, prog="gdn", args=words, description=__doc__)
     except SystemExit as stop:
         if not stop.code:
+            sys.stdout.flush()
             raise
         raise ValueError(_one_line(drawn.getvalue())) from None
 

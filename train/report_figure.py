@@ -153,8 +153,8 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
                 panel.set_ylabel("validation loss (nats per token)")
         _x_axis(grid.flat[0], by_preset)
         # None inside the strip of the diverged runs.
-        steps = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(bottom, top)
-        ticks = [tick for tick in steps if bottom <= tick <= top]
+        places = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(bottom, top)
+        ticks = [tick for tick in places if bottom <= tick <= top]
         grid.flat[0].set_yticks(ticks)
         _header(figure, report, styles, height, above, beyond)
         save(figure, path)
@@ -289,7 +289,8 @@ def _caption(preset: Mapping[str, Any], narrow: bool) -> str:
     drift, interval, regret = (
         preset[key] for key in ("drift_octaves_per_doubling", "drift_interval", "regret_nats")
     )
-    said = ["no drift: an optimum is missing"]
+    missing = "one width only" if len(preset["optimum_log2_x"]) == 1 else "an optimum is missing"
+    said = [f"no drift: {missing}"]
     if drift is not None:
         said = [f"drift {signed(drift)} octave/doubling"]
         if interval:

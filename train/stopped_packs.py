@@ -5,13 +5,12 @@ import io
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from train.interrupts import Stopped
 from train.ledger import fingerprint
 from train.step import TrainState
 
@@ -19,6 +18,15 @@ _LOG = logging.getLogger(__name__)
 
 # Beside the arrays of the state, which are named by their number.
 _STEPS = "steps"
+_SECONDS = "seconds"
+
+
+class TrainedPack(NamedTuple):
+    """A pack on its devices, the steps that it has taken and the seconds that they took."""
+
+    state: TrainState
+    steps: int
+    seconds: float
 
 
 class StoppedPacks:
@@ -34,8 +42,8 @@ class StoppedPacks:
     def __init__(self, out: pathlib.Path, config_fingerprint: str) -> None:
         self._folder, self._config = out / "stopped", config_fingerprint
 
-    def restore(self, keys: Sequence[tuple[Any, ...]], fresh: TrainState) -> tuple[TrainState, int]:
-        """State and steps taken of a pack: where it was stopped; ``fresh`` and 0 where none was, or it is damaged.
+    def restore(self, keys: Sequence[tuple[Any, ...]], fresh: TrainState) -> TrainedPack:
+        """A pack where it was stopped; ``fresh`` at step 0 where none was, or it is damaged.
 
         Args:
             keys: of the pack's points, in its order.
@@ -44,21 +52,21 @@ class StoppedPacks:
         try:
             digest, _, content = self._of(keys).read_bytes().partition(b"\n")
         except FileNotFoundError:
-            return fresh, 0
+            return TrainedPack(fresh, 0, 0.0)
         if hashlib.sha256(content).hexdigest().encode() != digest:
             _LOG.warning("%s is damaged: its points are trained from the start", self._of(keys))
-            return fresh, 0
+            return TrainedPack(fresh, 0, 0.0)
         leaves, structure = jax.tree.flatten(fresh)
         with np.load(io.BytesIO(content)) as saved:
             kept = [saved[str(index)] for index in range(len(leaves))]
-            step = int(saved[_STEPS])
+            steps, seconds = int(saved[_STEPS]), float(saved[_SECONDS])
         placed = [jax.device_put(x, like.sharding) for x, like in zip(kept, leaves, strict=True)]
-        return jax.tree.unflatten(structure, placed), step
+        return TrainedPack(jax.tree.unflatten(structure, placed), steps, seconds)
 
-    def save(self, keys: Sequence[tuple[Any, ...]], step: int, state: TrainState) -> None:
+    def save(self, keys: Sequence[tuple[Any, ...]], pack: TrainedPack) -> None:
         """Keeps a pack; it is on disk when this returns."""
-        arrays = {str(index): np.asarray(x) for index, x in enumerate(jax.tree.leaves(state))}
-        arrays[_STEPS] = np.asarray(step)
+        arrays = {str(index): np.asarray(x) for index, x in enumerate(jax.tree.leaves(pack.state))}
+        arrays |= {_STEPS: np.asarray(pack.steps), _SECONDS: np.asarray(pack.seconds)}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
         content = buffer.getvalue()
@@ -73,16 +81,6 @@ class StoppedPacks:
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
-
-    def saved_when_stopped[T](
-        self, keys: Sequence[tuple[Any, ...]], step: int, state: TrainState, fn: Callable[[], T]
-    ) -> T:
-        """What ``fn`` gives; the pack is kept when it is stopped."""
-        try:
-            return fn()
-        except Stopped:
-            self.save(keys, step, state)
-            raise
 
     def forget(self, keys: Sequence[tuple[Any, ...]]) -> None:
         """The pack is in the ledger."""

@@ -18,8 +18,8 @@ from train.interrupts import COMPILE_THREAD, Stopped, StopRequests
 from train.ledger import code_version
 from train.mesh import MeshShape, build_mesh
 from train.rows import Rows
-from train.step import Compiled, HParams, Metrics, Program, ahead_of_time, compile_program
-from train.stopped_packs import StoppedPacks
+from train.step import Compiled, HParams, Metrics, Program, TrainState, ahead_of_time, compile_program
+from train.stopped_packs import StoppedPacks, TrainedPack
 from train.sweep_options import SweepOptions
 from train.sweep_plan import Lane, describe, plan_sweep, points_that_fit
 from train.sweep_points import Point, Progress, packs
@@ -78,7 +78,7 @@ def run_lanes(
         for width in lane.widths:
             points = placed.points[lane.process, width]
             left = [point for point in points if point.key not in ledger.rows]
-            todo[width] = packs(left, placed.pack_size(lane, width))
+            todo[width] = packs(left, placed.pack_size(lane, width, len(left))) if left else []
             total += costs[width] * options.steps * len(points)
             done += costs[width] * options.steps * (len(points) - len(left))
     progress.begin(total, done)
@@ -192,8 +192,14 @@ def _run_pack(
     stacked = _stacked(pack, hparams)
     keys = [point.key for point in pack]
     fresh = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
-    state, first = stopped.restore(keys, fresh)
+    state, first, seconds_before = stopped.restore(keys, fresh)
     taken = first
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - start
+
+    def keep(step: int, state: TrainState) -> None:
+        stopped.save(keys, TrainedPack(state, step, seconds()))
 
     def observe(step: int, metrics: Metrics) -> None:
         nonlocal taken
@@ -211,14 +217,16 @@ def _run_pack(
         first_step=first,
         last_step=program.steps,
         observe=observe,
-        after_step=functools.partial(stopped.save, keys),
+        after_step=keep,
         stop=stop,
     )
-    losses = stopped.saved_when_stopped(
-        keys, program.steps, state, lambda: loop.mean_validation_loss(compiled, state, validation, stop)
-    )
+    try:
+        losses = loop.mean_validation_loss(compiled, state, validation, stop)
+    except Stopped:
+        keep(program.steps, state)
+        raise
     diverged_at = np.asarray(state.diverged_at)
-    seconds = time.perf_counter() - start
+    seconds_each = round(seconds() / len(pack), 3)
     tokens = program.steps * data_config.batch_size * data_config.sequence_length
     rows = []
     for index, point in enumerate(pack):
@@ -236,7 +244,7 @@ def _run_pack(
                 "tokens": tokens,
                 "val_loss": float(losses[index]) if lost_at is None else None,
                 "diverged_at_step": lost_at,
-                "seconds": round(seconds / len(pack), 3),
+                "seconds": seconds_each,
             }
         )
     progress.finished(rows, (program.steps - taken + first) * work)

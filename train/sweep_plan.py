@@ -45,9 +45,24 @@ class SweepPlan[Point]:
     points: dict[tuple[int, int], list[Point]]
     per_device: Mapping[int, int]
 
-    def pack_size(self, lane: Lane, width: int) -> int:
-        """Points of a width that a lane trains side by side: no more than packs of one size need."""
-        devices, count = len(lane.devices), len(self.points[lane.process, width])
+    def pack_size(self, lane: Lane, width: int, left: int | None = None) -> int:
+        """Points of a width that a lane trains side by side: no more than packs of one size need.
+
+        Args:
+            lane: one of the plan's.
+            width: one of the lane's.
+            left: how many of its points are not yet in the ledger, 1 or more; all by default. Where they are the last
+                of the planned packs, those keep their size, so that a sweep that was stopped goes on as it would have.
+        """
+        count = len(self.points[lane.process, width])
+        planned = self._even(lane, width, count)
+        # Places in the last pack that no point needs.
+        if left is None or -left % planned == -count % planned:
+            return planned
+        return self._even(lane, width, left)
+
+    def _even(self, lane: Lane, width: int, count: int) -> int:
+        devices = len(lane.devices)
         rounds = math.ceil(count / (devices * self.per_device[width]))
         return devices * math.ceil(count / (rounds * devices))
 
