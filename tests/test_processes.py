@@ -148,7 +148,7 @@ def test_one_of_two_processes_is_told_to_stop(tmp_path, told):
     started[told].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=60) for process in started] == [128 + signal.SIGTERM] * 2
     assert len(_rows(rows)) < 6
-    assert list((tmp_path / "sweep/stopped").glob("*.npz"))
+    assert list((tmp_path / "sweep/stopped").glob("*.pack"))
     run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "sweep"))
     run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "whole"))
     found, expected = (

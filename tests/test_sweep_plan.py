@@ -223,7 +223,7 @@ def test_lanes_that_are_told_to_stop_keep_their_packs(tmp_path):
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
             assert process.returncode == 128 + signal.SIGTERM
-            assert len(list((tmp_path / out / "stopped").glob("*.npz"))) == 2
+            assert len(list((tmp_path / out / "stopped").glob("*.pack"))) == 2
         subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
         found = [json.loads(line) for line in (tmp_path / out / "rows.jsonl").read_text().splitlines()]
         rows.append(sorted([row["width"], row["learning_rate"], row["val_loss"]] for row in found))

@@ -1,12 +1,11 @@
 """Where a sweep keeps the packs that a signal stopped half way; the ledger has those that came to their end."""
 
 import hashlib
-import io
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +14,6 @@ from train.ledger import fingerprint
 from train.step import TrainState
 
 _LOG = logging.getLogger(__name__)
-
-# Beside the arrays of the state, which are named by their number.
-_STEPS = "steps"
-_SECONDS = "seconds"
 
 
 class TrainedPack(NamedTuple):
@@ -29,8 +24,22 @@ class TrainedPack(NamedTuple):
     seconds: float
 
 
+class _Hashed:
+    """Writes into a file, and knows the SHA-256 of what it wrote."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self._file.write(content)
+
+
 class StoppedPacks:
-    """A folder with a file for each pack that was stopped: the SHA-256 of what follows, then the arrays as npz.
+    """A folder with a file for each pack that was stopped: the SHA-256 of what follows, then arrays as npy.
+
+    These are the steps, the seconds and the leaves of the state. They are written and read one by one: a pack fills
+    a device's memory, and the host has not several times as much to spare, nor much time after a signal.
 
     A pack lies on devices of one process, which reads and writes it alone; any thread of it may.
 
@@ -49,33 +58,36 @@ class StoppedPacks:
             keys: of the pack's points, in its order.
             fresh: a new state of the pack, on its devices.
         """
+        path = self._of(keys)
         try:
-            digest, _, content = self._of(keys).read_bytes().partition(b"\n")
+            file = path.open("rb")
         except FileNotFoundError:
             return TrainedPack(fresh, 0, 0.0)
-        if hashlib.sha256(content).hexdigest().encode() != digest:
-            _LOG.warning("%s is damaged: its points are trained from the start", self._of(keys))
-            return TrainedPack(fresh, 0, 0.0)
-        leaves, structure = jax.tree.flatten(fresh)
-        with np.load(io.BytesIO(content)) as saved:
-            kept = [saved[str(index)] for index in range(len(leaves))]
-            steps, seconds = int(saved[_STEPS]), float(saved[_SECONDS])
-        placed = [jax.device_put(x, like.sharding) for x, like in zip(kept, leaves, strict=True)]
-        return TrainedPack(jax.tree.unflatten(structure, placed), steps, seconds)
+        with file:
+            digest = file.readline().strip()
+            begin = file.tell()
+            if hashlib.file_digest(file, "sha256").hexdigest().encode() != digest:
+                _LOG.warning("%s is damaged: its points are trained from the start", path)
+                return TrainedPack(fresh, 0, 0.0)
+            file.seek(begin)
+            steps, seconds = int(np.load(file)), float(np.load(file))
+            state = jax.tree.map(lambda like: jax.device_put(np.load(file), like.sharding), fresh)
+        return TrainedPack(state, steps, seconds)
 
     def save(self, keys: Sequence[tuple[Any, ...]], pack: TrainedPack) -> None:
         """Keeps a pack; it is on disk when this returns."""
-        arrays = {str(index): np.asarray(x) for index, x in enumerate(jax.tree.leaves(pack.state))}
-        arrays |= {_STEPS: np.asarray(pack.steps), _SECONDS: np.asarray(pack.seconds)}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
-        content = buffer.getvalue()
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._of(keys)
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
-                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+                # The digest's place.
+                file.write(bytes(hashlib.sha256().digest_size * 2) + b"\n")
+                hashed = _Hashed(file)
+                for x in (pack.steps, pack.seconds, *jax.tree.leaves(pack.state)):
+                    np.save(hashed, np.asarray(x))
+                file.seek(0)
+                file.write(hashed.digest.hexdigest().encode())
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
@@ -87,4 +99,4 @@ class StoppedPacks:
         self._of(keys).unlink(missing_ok=True)
 
     def _of(self, keys: Sequence[tuple[Any, ...]]) -> pathlib.Path:
-        return self._folder / f"{fingerprint([self._config, *map(list, keys)])}.npz"
+        return self._folder / f"{fingerprint([self._config, *map(list, keys)])}.pack"
