@@ -271,20 +271,33 @@ def test_killed_three_times_it_ends_with_the_same_rows(finished):
     assert (out / "transfer.png").exists()
 
 
+def _packed_state(*values):
+    points = jnp.array(values)
+    return TrainState({"w": jnp.outer(points, jnp.ones(3))}, {}, (), points, -points)
+
+
+def test_a_stopped_pack_goes_on_filled_up_to_another_size(tmp_path):
+    stopped = StoppedPacks(tmp_path, "config")
+    first, last = (("mup", 8, rate, 0, ()) for rate in (0.01, 0.02))
+    stopped.save([first, last, last, last], TrainedPack(_packed_state(1, 2, 2, 2), 5, 1.5))
+    for keys, expected in (([first, last], [1, 2]), ([first, last, last], [1, 2, 2])):
+        restored, *told = stopped.restore(keys, _packed_state(*[0] * len(keys)))
+        assert restored.params["w"].tolist() == [[value] * 3 for value in expected]
+        assert (restored.step.tolist(), told) == (expected, [5, 1.5])
+    assert stopped.restore([last], _packed_state(0)).steps == 0
+    stopped.forget([first, last])
+    assert not list((tmp_path / "stopped").iterdir())
+
+
 def test_a_damaged_stopped_pack_begins_anew_and_is_named(tmp_path, caplog):
     stopped, keys = StoppedPacks(tmp_path, "config"), [("mup", 8, 0.01, 0, ())]
 
-    def state(value):
-        return TrainState({"w": jnp.full(3, value)}, {}, (), jnp.int32(value), jnp.int32(-1))
-
-    stopped.save(keys, TrainedPack(state(7.0), 5, 1.5))
-    restored, *told = stopped.restore(keys, state(0.0))
-    assert (restored.params["w"].tolist(), int(restored.step), told) == ([7.0] * 3, 7, [5, 1.5])
+    stopped.save(keys, TrainedPack(_packed_state(7), 5, 1.5))
     (path,) = (tmp_path / "stopped").iterdir()
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(bytes(content))
-    fresh = state(0.0)
+    fresh = _packed_state(0)
     restored, *told = stopped.restore(keys, fresh)
     assert restored is fresh
     assert told == [0, 0.0]

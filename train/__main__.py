@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _run(command)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read, `head` say, has gone; Python would complain at the end that it cannot write what is left.
+        if not _nobody_reads():
+            raise
+        # Python would complain at the end that it cannot write what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except ValueError as error:
@@ -132,6 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what we print, `head` say, has gone."""
+    poll = select.poll()
+    # Asked for nothing, it tells of errors only.
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:

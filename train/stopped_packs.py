@@ -39,7 +39,8 @@ class StoppedPacks:
     """A folder with a file for each pack that was stopped: the SHA-256 of what follows, then arrays as npy.
 
     These are the steps, the seconds and the leaves of the state. They are written and read one by one: a pack fills
-    a device's memory, and the host has not several times as much to spare, nor much time after a signal.
+    a device's memory, and the host has not several times as much to spare, nor much time after a signal. Of places
+    that repeat the last point nothing is kept, so a pack may be filled up to another size when it goes on.
 
     A pack lies on devices of one process, which reads and writes it alone; any thread of it may.
 
@@ -56,8 +57,10 @@ class StoppedPacks:
 
         Args:
             keys: of the pack's points, in its order.
-            fresh: a new state of the pack, on its devices.
+            fresh: a new state of the pack, on its devices; the first axis of every leaf is the points.
         """
+        last = len(set(keys)) - 1
+        places = [min(index, last) for index in range(len(keys))]
         path = self._of(keys)
         try:
             file = path.open("rb")
@@ -71,7 +74,7 @@ class StoppedPacks:
                 return TrainedPack(fresh, 0, 0.0)
             file.seek(begin)
             steps, seconds = int(np.load(file)), float(np.load(file))
-            state = jax.tree.map(lambda like: jax.device_put(np.load(file), like.sharding), fresh)
+            state = jax.tree.map(lambda like: jax.device_put(np.load(file)[places], like.sharding), fresh)
         return TrainedPack(state, steps, seconds)
 
     def save(self, keys: Sequence[tuple[Any, ...]], pack: TrainedPack) -> None:
@@ -84,8 +87,10 @@ class StoppedPacks:
                 # The digest's place.
                 file.write(bytes(hashlib.sha256().digest_size * 2) + b"\n")
                 hashed = _Hashed(file)
-                for x in (pack.steps, pack.seconds, *jax.tree.leaves(pack.state)):
-                    np.save(hashed, np.asarray(x))
+                np.save(hashed, np.asarray(pack.steps))
+                np.save(hashed, np.asarray(pack.seconds))
+                for leaf in jax.tree.leaves(pack.state):
+                    np.save(hashed, np.asarray(leaf)[: len(set(keys))])
                 file.seek(0)
                 file.write(hashed.digest.hexdigest().encode())
                 file.flush()
@@ -99,4 +104,4 @@ class StoppedPacks:
         self._of(keys).unlink(missing_ok=True)
 
     def _of(self, keys: Sequence[tuple[Any, ...]]) -> pathlib.Path:
-        return self._folder / f"{fingerprint([self._config, *map(list, keys)])}.pack"
+        return self._folder / f"{fingerprint([self._config, *map(list, dict.fromkeys(keys))])}.pack"
