@@ -12,7 +12,7 @@ from rich.text import Text
 
 from train.ledger import make_writable
 from train.report_analysis import NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
-from train.report_figure import amount, plot, signed
+from train.report_figure import amount, plot, signed, unsigned
 from train.report_rows import SAME, Rows, check_rows, read_rows
 from train.vary import LEARNING_RATE, VARIED, WORDS, abscissa, varied_names, with_all_values
 
@@ -144,7 +144,7 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int, swept: str) -> st
     if preset["regret_nats"] is not None:
         error = preset["regret_standard_error"]
         spread = f" ± {error:.3f}" if error is not None else ""
-        cost = f"{preset['regret_nats']:.3f}{spread} nats at width {run['width']}"
+        cost = f"{unsigned(preset['regret_nats'], 3)}{spread} nats at width {run['width']}"
         return f"{what}, and the base width's {swept} costs {cost}"
     return (
         what
@@ -198,7 +198,7 @@ def table(report: Mapping[str, Any]) -> Group:
             if preset["regret_diverged"]
             else "—"
             if regret is None
-            else f"{regret:.4f}" + (f" ± {error:.4f}" if error is not None else ""),
+            else unsigned(regret, 4) + (f" ± {error:.4f}" if error is not None else ""),
             {True: "yes", False: "no", None: "—"}[preset["transfers"]],
         )
         reasons = dict.fromkeys(filter(None, (preset["drift_reason"], preset["regret_reason"])))

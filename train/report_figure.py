@@ -43,6 +43,8 @@ DOTS_PER_INCH = 200
 # Marker and size per width, sizes chosen to look alike.
 MARKERS = (("o", 4.8), ("s", 4.5), ("D", 4.2), ("^", 6.0), ("v", 6.0), ("P", 6.0), ("X", 6.0), ("h", 5.6))
 Style = tuple[Any, tuple[str, float]]
+# Mean width of a bold letter, in font sizes.
+_BOLD_EM = 0.68
 # Height of one row of crosses, as a fraction of the panel.
 _STRIP = 0.045
 
@@ -71,6 +73,12 @@ def signed(value: float) -> str:
     """Two decimals with a sign, typographic minus; no sign before a zero."""
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text in ("+0.00", "−0.00") else text
+
+
+def unsigned(value: float, decimals: int) -> str:
+    """`value` with a typographic minus where it is negative; a regret is, where the fit lies above a run."""
+    text = f"{value:.{decimals}f}".replace("-", "−")
+    return text if text.strip("−0.") else text.removeprefix("−")
 
 
 def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]:
@@ -128,6 +136,11 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
             wspace=0.06,
             hspace=0.42 + 0.08 * (columns > 2),
         )
+        # All titles as large as the longest name, with its factors, may be in its panel.
+        title_size = min(
+            STYLE["axes.titlesize"],
+            72 * 0.88 * WIDTH_INCHES / columns / (_BOLD_EM * max(map(len, by_preset))),
+        )
         for empty in grid.flat[len(by_preset) :]:
             empty.set_visible(False)
         for index, (name, widths_drawn) in enumerate(by_preset.items()):
@@ -138,7 +151,9 @@ def plot(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: pat
                 above |= _curve(panel, curve, styles[width], several, top)
                 beyond |= _optimum(panel, preset, width, curve, styles[width][0], bottom)
             _diverged(panel, widths_drawn, diverged, styles, strip)
-            panel.set_title(name, loc="left", fontweight="bold", pad=32 if columns > 2 else 19)
+            panel.set_title(
+                name, loc="left", fontweight="bold", fontsize=title_size, pad=32 if columns > 2 else 19
+            )
             panel.text(
                 0,
                 1.025,
@@ -298,7 +313,7 @@ def _caption(preset: Mapping[str, Any], narrow: bool) -> str:
     if preset["regret_diverged"]:
         said.append("regret: diverged")
     elif regret is not None:
-        said.append(f"regret {regret:.3f} nats" if narrow else f"regret {regret:.3f}")
+        said.append(f"regret {unsigned(regret, 3)}{' nats' if narrow else ''}")
     return ("\n" if narrow else ", ").join(said)
 
 

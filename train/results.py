@@ -19,7 +19,7 @@ from train.coord_run import ROWS_FILE as COORD_ROWS_FILE
 from train.ledger import ROWS_FILE, write_atomically
 from train.report import write_report
 from train.report_analysis import power_of_two
-from train.report_figure import signed
+from train.report_figure import signed, unsigned
 
 _BESIDE = re.compile(r"^<!-- begin (\S+(?: beside \S+)+) -->$", re.MULTILINE)
 
@@ -75,7 +75,7 @@ def _regret(preset: Mapping[str, Any]) -> str:
     if preset["regret_nats"] is None:
         return "—"
     error = preset["regret_standard_error"]
-    return f"{preset['regret_nats']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return unsigned(preset["regret_nats"], 4) + (f" ± {error:.4f}" if error is not None else "")
 
 
 def replace_table(text: str, name: str, table: str) -> str:
