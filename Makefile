@@ -18,7 +18,8 @@ PYTHON_CANDIDATES = $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 py
 
 OLD_VENV = .venv-jax-$(OLD_JAX)
 # The lock makes the compilation cache safe for several test processes; the bound (4 GB) switches the lock on.
-PYTEST = JAX_COMPILATION_CACHE_MAX_SIZE=4000000000 .venv/bin/python -m pytest
+SHARED_CACHE = JAX_COMPILATION_CACHE_MAX_SIZE=4000000000
+PYTEST = $(SHARED_CACHE) .venv/bin/python -m pytest
 
 # libtpu, the TPU compiler, exists for this platform only; where it does, its tests must run.
 ifeq ($(shell uname -s -m),Linux x86_64)
@@ -69,7 +70,7 @@ check-pins: install
 	fi
 
 test-old-jax: $(OLD_VENV)/installed
-	@$(OLD_VENV)/bin/python -m pytest tests/test_kernel_*.py
+	@$(SHARED_CACHE) $(OLD_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/test_kernel_*.py
 
 # Not into .venv: there every command of jax would look for a TPU to start.
 .libtpu/installed: constraints.txt | .venv/installed
@@ -114,5 +115,5 @@ $(OLD_VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing jax $(OLD_JAX) into $(OLD_VENV)"
 	@sed -E 's/^(jax|jaxlib)==.*/\1==$(OLD_JAX)/' constraints.txt > $(OLD_VENV)/constraints.txt
 	@$(OLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLD_VENV)/constraints.txt \
-	  -e . beartype hypothesis pytest pytest-timeout
+	  -e . beartype hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@

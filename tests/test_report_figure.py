@@ -3,39 +3,69 @@
 import json
 
 import numpy as np
+import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from train.report import write_report
-from train.report_figure import width_colours
+from train.report_figure import unsigned, width_colours
+
+
+def bowl(log2_x, **more):
+    """A row of a sweep whose losses are a shallow parabola around 2^-7."""
+    return {
+        "preset": "mup",
+        "optimizer": "adamw",
+        "regime": "heads",
+        "width": 64,
+        "learning_rate": 2.0**log2_x,
+        "seed": 0,
+        "steps": 400,
+        "tokens": 819_200,
+        "val_loss": 4.0 + 1e-3 * (log2_x + 7) ** 2,
+        "diverged_at_step": None,
+        "config_fingerprint": "f0",
+        "code_version": "v1",
+        "base_width": 64,
+        **more,
+    }
+
+
+def drawn_picture(rows, folder):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(folder)
+    return imread(folder / "transfer.png")[..., :3]
 
 
 def test_a_curve_of_a_narrow_range_of_losses_is_drawn_inside_its_panel(tmp_path):
     """Losses within 0.01 nats make a panel in which a nat is many pixels: clipping must not overflow."""
-    rows = [
-        {
-            "preset": "mup",
-            "optimizer": "adamw",
-            "regime": "heads",
-            "width": 64,
-            "learning_rate": 2.0**log2_x,
-            "seed": 0,
-            "steps": 400,
-            "tokens": 819_200,
-            "val_loss": 4.0 + 1e-3 * (log2_x + 7) ** 2,
-            "diverged_at_step": None,
-            "config_fingerprint": "f0",
-            "code_version": "v1",
-            "base_width": 64,
-        }
-        for log2_x in np.arange(-9, -4.9, 0.5)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(tmp_path)
-    picture = imread(tmp_path / "transfer.png")[..., :3]
+    picture = drawn_picture([bowl(log2_x) for log2_x in np.arange(-9, -4.9, 0.5)], tmp_path)
     (colour,) = width_colours(1)
     drawn = np.abs(picture - np.array(to_rgb(colour))).max(axis=-1) < 0.02
     height, width = drawn.shape
     # The panel lies below the legend and the caption; a curve crosses most of its columns.
     panel = drawn[round(0.26 * height) : round(0.88 * height), round(0.1 * width) : round(0.98 * width)]
     assert panel.any(axis=0).mean() > 0.8
+
+
+def test_names_with_factors_end_within_their_panels(tmp_path):
+    """A title that reaches into the next panel's, or out of the picture, cannot be read."""
+    rows = [
+        bowl(log2_x, embedding_lr=factor, gate_lr=factor)
+        for log2_x in np.arange(-9, -4.9, 0.5)
+        for factor in (0.25, 0.5, 0.75)
+    ]
+    picture = drawn_picture(rows, tmp_path)
+    height, width, _ = picture.shape
+    # Titles are the only ink between the legend and the captions.
+    titles = (picture.min(axis=-1) < 0.5)[round(0.14 * height) : round(0.22 * height)].any(axis=0)
+    ink = np.flatnonzero(titles)
+    assert ink[-1] < 0.985 * width
+    assert np.sum(np.diff(ink) > 0.01 * width) == 2, "three titles, apart from each other"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0158, "0.016"), (-0.0162, "−0.016"), (-0.0003, "0.000"), (-1.0, "−1.000")]
+)
+def test_numbers_without_a_plus(value, text):
+    assert unsigned(value, 3) == text
