@@ -26,7 +26,7 @@ from train.train_run import TrainOptions, run_training
 assert conftest, "its settings hold here as well"
 
 # Eight heads at width 64; the learning rate is one at which rounding stays rounding (see mesh_cases.py).
-MODEL = ModelOptions(layers=2, key_dim=4, value_dim=8, base_width=16)
+MODEL = ModelOptions(layers=1, key_dim=4, value_dim=8, base_width=16)
 RATE = 0.001
 
 
