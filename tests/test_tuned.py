@@ -13,6 +13,7 @@ import tiny
 from train import train_run
 from train.__main__ import main
 from train.data import prepare
+from train.report import analyse, read_rows
 from train.sweep import identity
 from train.tuned import CHANGES, differences, read_tuning
 
@@ -56,6 +57,8 @@ def folder(tmp_path_factory):
     sweep(folder, "good", {8: -6.2, 16: -6.3, 32: -6.1})
     sweep(folder, "good", {8: -6.2, 16: -7.2, 32: -8.2}, preset="sp", grid=[rate / 4 for rate in GRID])
     sweep(folder, "drifting", {8: -6.0, 16: -7.0})
+    sweep(folder, "stays", {8: -5.5, 128: -6.4, 256: -6.5, 512: -6.4})
+    sweep(folder, "stays_shortly", {8: -5.5, 256: -6.5, 512: -6.4})
     sweep(folder, "edge", {8: -6.0, 16: -3.0})
     sweep(folder, "coarse", {8: -6.0, 16: -6.0}, grid=GRID[::2])
     sweep(folder, "narrow", {8: -6.0})
@@ -109,6 +112,8 @@ def no_compilation(monkeypatch):
 
 REFUSED = [
     ("--tuned-by {0}/drifting", "the optimum of mup does not transfer (moving −1.00 octave per doubling"),
+    ("--tuned-by {0}/stays", "sweep the width itself, or from width 128 on, where it stays within half an octave."),
+    ("--tuned-by {0}/stays_shortly", "per doubling of width); sweep the width itself."),
     ("--tuned-by {0}/edge", "the optimum of mup at width 16 lies on an edge: the best learning rate, 2^-3, is"),
     ("--tuned-by {0}/coarse", "the optimum of mup at width 8 is not resolved: within an octave"),
     ("--tuned-by {0}/narrow_sp", "has one width, which does not show that the optimum of sp transfers"),
@@ -205,3 +210,12 @@ def test_every_field_of_a_sweep_is_compared_or_left_out_on_purpose(folder):
                 changed = differences(config, now)
                 assert changed, field
                 assert changed.keys() <= set(CHANGES)
+
+
+def test_a_report_says_as_well_from_which_width_on_the_optimum_stays(folder):
+    """Where that of the base does not; two doublings of the width must show it."""
+    told = "nats at width 512 (from width 128 on it stays within half an octave)"
+    assert told in analyse(read_rows(folder / "stays/rows.jsonl"))["verdict"]
+    shortly = analyse(read_rows(folder / "stays_shortly/rows.jsonl"))
+    assert shortly["presets"]["mup"]["proxy_from_width"] == 256
+    assert "stays" not in shortly["verdict"]

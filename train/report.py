@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.ledger import make_writable
-from train.report_analysis import NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two
+from train.report_analysis import NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two, trusted_from
 from train.report_figure import amount, plot, signed, unsigned
 from train.report_rows import SAME, Rows, check_rows, read_rows
 from train.vary import LEARNING_RATE, VARIED, WORDS, abscissa, varied_names, with_all_values
@@ -145,7 +145,9 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int, swept: str) -> st
         error = preset["regret_standard_error"]
         spread = f" ± {error:.3f}" if error is not None else ""
         cost = f"{unsigned(preset['regret_nats'], 3)}{spread} nats at width {run['width']}"
-        return f"{what}, and the base width's {swept} costs {cost}"
+        stays = trusted_from(preset)
+        told = f" (from width {stays} on it stays within half an octave)" if stays else ""
+        return f"{what}, and the base width's {swept} costs {cost}{told}"
     return (
         what
         if drift is None or preset["drift_reason"] == "one width only"

@@ -377,3 +377,14 @@ def _proxy_from_width(optima: Mapping[int, Optimum]) -> int | None:
         if all(place is not None and abs(own - place) <= RESOLUTION for place in wider):
             return width
     return None
+
+
+def trusted_from(preset: Mapping[str, Any]) -> int | None:
+    """Width from which on the optimum stays, for a preset of a report whose base's does not transfer.
+
+    None where fewer than two doublings of the width show it: half an octave over one of them is a drift.
+    """
+    width = preset["proxy_from_width"]
+    if preset["transfers"] is not False or preset["regret_diverged"] or width is None:
+        return None
+    return width if max(map(int, preset["reason"])) >= 4 * width else None

@@ -15,7 +15,7 @@ from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig
 from train.ledger import CONFIG_FILE, ROWS_FILE
 from train.report import analyse, read_rows
-from train.report_analysis import power_of_two
+from train.report_analysis import power_of_two, trusted_from
 from train.report_figure import amount, signed
 
 type ChangeName = Literal[
@@ -171,9 +171,11 @@ def _require_optimum(found: Mapping[str, Any], preset: str, width: int, folder: 
     if found["transfers"] is False:
         drift = found["drift_octaves_per_doubling"]
         why = found["regret_reason"] if found["regret_diverged"] else f"moving {signed(drift or 0.0)} octave"
+        stays = trusted_from(found)
         raise ValueError(
             f"{folder} shows that the optimum of {preset} does not transfer ({why}"
-            f"{'' if found['regret_diverged'] else ' per doubling of width'}); sweep the width itself."
+            f"{'' if found['regret_diverged'] else ' per doubling of width'}); sweep the width itself"
+            f"{f', or from width {stays} on, where it stays within half an octave' if stays else ''}."
         )
     for swept, reason in found["reason"].items():
         if reason:
