@@ -109,11 +109,11 @@ endef
 	@touch $@
 	@echo "installed: .venv/bin/gdn --help"
 
-# The same versions but for jax, and of the extras only what the kernel tests import.
+# The same versions but for jax, and of the extras only what the kernel tests import; filelock is the lock of the cache.
 $(OLD_VENV)/installed: pyproject.toml constraints.txt
 	$(call make-venv,$(OLD_VENV))
 	@echo "installing jax $(OLD_JAX) into $(OLD_VENV)"
 	@sed -E 's/^(jax|jaxlib)==.*/\1==$(OLD_JAX)/' constraints.txt > $(OLD_VENV)/constraints.txt
 	@$(OLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLD_VENV)/constraints.txt \
-	  -e . beartype hypothesis pytest pytest-timeout pytest-xdist
+	  -e . beartype filelock hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@

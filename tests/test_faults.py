@@ -12,17 +12,21 @@ import campaign_runs
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def in_a_process_of_its_own(monkeypatch):
-    for name, value in campaign_runs.environment().items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module", autouse=True)
+def in_a_process_of_its_own():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in campaign_runs.environment().items():
+            patch.setenv(name, value)
+        # Compiling takes most of the time; `tests/campaigns.py` optimizes as a user does.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        yield
 
 
 STEPS = 80
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, in_a_process_of_its_own):
     folder = tmp_path_factory.mktemp("undisturbed")
     campaign_runs.complete(campaign_runs.train_words(folder, folder / "whole", steps=STEPS))
     return folder / "whole"

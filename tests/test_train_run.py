@@ -203,6 +203,8 @@ def test_eight_devices_agree_with_one(tmp_path):
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Compiling takes most of the time.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         }
         done = subprocess.run(
             [sys.executable, "-c", _EIGHT, str(tmp_path), str(ROOT / "tests")],
