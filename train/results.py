@@ -2,7 +2,8 @@
 
 Every folder with `rows.jsonl` (of `gdn sweep`) or `coord_rows.jsonl` (of `gdn coord-check`) gets its report and its
 picture; the tables of the sweeps go into the README.md beside the folders, between the lines `<!-- begin NAME -->`
-and `<!-- end NAME -->`. Between `<!-- begin NAME beside NAME -->`, of two names or more, and its end these sweeps are
+and `<!-- end NAME -->`. Between `<!-- begin NAME from WIDTH to WIDTH -->` and its end comes the table of these widths
+and of those between; between `<!-- begin NAME beside NAME -->`, of two names or more, and its end these sweeps are
 compared. What people write around them stays.
 """
 
@@ -17,10 +18,11 @@ from train.comparison import bracket, comparison
 from train.coord_report import write_coord_report
 from train.coord_run import ROWS_FILE as COORD_ROWS_FILE
 from train.ledger import ROWS_FILE, write_atomically
-from train.report import write_report
+from train.report import analyse, read_rows, write_report
 from train.report_analysis import power_of_two
 from train.report_figure import signed, unsigned
 
+_FROM_TO = re.compile(r"^<!-- begin ((\S+) from (\d+) to (\d+)) -->$", re.MULTILINE)
 _BESIDE = re.compile(r"^<!-- begin (\S+(?: beside \S+)+) -->$", re.MULTILINE)
 
 
@@ -107,6 +109,10 @@ def write_results(root: pathlib.Path) -> list[pathlib.Path]:
         if (folder / COORD_ROWS_FILE).exists():
             lines = (folder / COORD_ROWS_FILE).read_text(encoding="utf-8").splitlines()
             write_coord_report([json.loads(line) for line in lines], folder)
+    for mark, name, narrowest, widest in _FROM_TO.findall(text):
+        rows = read_rows(root / name / ROWS_FILE)
+        rows = [row for row in rows if int(narrowest) <= row["width"] <= int(widest)]
+        text = replace_table(text, mark, markdown(analyse(rows)))
     for names in _BESIDE.findall(text):
         text = replace_table(text, names, comparison([root / name for name in names.split(" beside ")]))
     write_atomically(readme, text)
