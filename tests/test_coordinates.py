@@ -92,4 +92,6 @@ def test_a_run_writes_rows(tmp_path):
     run_training(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "run/coordinates.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3]
+    # A row costs no checkpoint.
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
     assert rows[0]["update"]["layers/mixer/b/kernel"][0] > 0

@@ -196,7 +196,7 @@ def test_a_step_that_is_not_finite_changes_nothing(setup, alone, bad, looked_at_
         last_step=STEPS,
         observe=lambda step, metrics: None,
         due=lambda step: looked_at_once,
-        after_step=lambda step, state: after.append((step, int(state.step), int(state.diverged_at))),
+        after_step=lambda step, state, stopping: after.append((step, int(state.step), int(state.diverged_at))),
         diverged=left_out,
     )
     # The diagnosis gets the state as the step found it, and its batch.
@@ -239,16 +239,16 @@ def test_a_stopped_run_has_seen_its_state(setup, alone):
                 first_step=first,
                 last_step=STEPS,
                 observe=observe,
-                after_step=lambda step, state: saved.update({step: state}),
+                after_step=lambda step, state, stopping: saved.update({step: (state, stopping)}),
                 stop=stop,
             )
 
         with pytest.raises(Stopped):
             train(compiled.init(jnp.int32(0), hparams), 0, stop)
         with pytest.raises(Stopped):
-            loop.mean_validation_loss(compiled, saved[5], batches[:2], stop)
-    assert list(saved) == [5]
-    state = train(saved[5], 5, None)
+            loop.mean_validation_loss(compiled, saved[5][0], batches[:2], stop)
+    assert list(saved) == [5] and saved[5][1]
+    state = train(saved[5][0], 5, None)
     whole, _ = _train(compiled, jnp.int32(0), hparams, batches)
     jax.tree.map(np.testing.assert_array_equal, state, whole)
 

@@ -15,8 +15,9 @@ from train.step import Compiled, HParams, Metrics, TrainState
 
 # Called with the number of the step (1 after the first) and its metrics as numpy values.
 type Observer = Callable[[int, Metrics], None]
-# Called with the number of a step and the state after it, which is known to be sound; may save or evaluate.
-type AfterStep = Callable[[int, TrainState], None]
+# Called with the number of a step, the state after it, which is known to be sound, and whether the run stops there; may
+# save or evaluate.
+type AfterStep = Callable[[int, TrainState, bool], None]
 # Called when no point can go on: with the number of the step, its batch on the devices, and the state before it.
 # Whether to leave the step out and go on.
 type Diverged = Callable[[int, Batch, TrainState], bool]
@@ -38,7 +39,7 @@ def run(
     last_step: int,
     observe: Observer,
     due: Callable[[int], bool] = lambda step: False,
-    after_step: AfterStep = lambda step, state: None,
+    after_step: AfterStep = lambda step, state, stopping: None,
     diverged: Diverged = lambda step, batch, state: False,
     stop: StopRequests | None = None,
 ) -> TrainState:
@@ -100,7 +101,7 @@ def run(
                 state = without
             waiting = None
             if stopping or due(step):
-                after_step(step, state)
+                after_step(step, state, stopping)
         if stopping:
             assert stop is not None
             raise stop.stopped

@@ -270,11 +270,10 @@ class _Run:
             every = options.coordinates_every
             return coordinates is not None and (step % every == 0 or step == options.steps)
 
-        def after_step(step: int, state: TrainState) -> None:
+        def after_step(step: int, state: TrainState, stopping: bool) -> None:
             if coordinates is not None and writes_coordinates(step):
                 coordinates.write(step, state)
-            # A step that is only measured is saved, too: it may be the one at which the run stops.
-            if saves(step) or not validates(step):
+            if saves(step) or (stopping and not validates(step)):
                 save(step, state)
             if validates(step):
                 try:
