@@ -69,3 +69,10 @@ def test_names_with_factors_end_within_their_panels(tmp_path):
 )
 def test_numbers_without_a_plus(value, text):
     assert unsigned(value, 3) == text
+
+
+def test_width_colours_darken_with_width_so_that_grey_keeps_them_apart():
+    for count in (2, 3, 4, 5, 6):
+        luminance = [float(np.dot(colour[:3], (0.2126, 0.7152, 0.0722))) for colour in width_colours(count)]
+        assert luminance == sorted(luminance, reverse=True)
+        assert min(-np.diff(luminance)) > 0.05

@@ -196,7 +196,9 @@ def test_a_step_that_is_not_finite_changes_nothing(setup, alone, bad, looked_at_
         last_step=STEPS,
         observe=lambda step, metrics: None,
         due=lambda step: looked_at_once,
-        after_step=lambda step, state, stopping: after.append((step, int(state.step), int(state.diverged_at))),
+        after_step=lambda step, state, stopping: after.append(
+            (step, int(state.step), int(state.diverged_at))
+        ),
         diverged=left_out,
     )
     # The diagnosis gets the state as the step found it, and its batch.
@@ -247,7 +249,7 @@ def test_a_stopped_run_has_seen_its_state(setup, alone):
             train(compiled.init(jnp.int32(0), hparams), 0, stop)
         with pytest.raises(Stopped):
             loop.mean_validation_loss(compiled, saved[5][0], batches[:2], stop)
-    assert list(saved) == [5] and saved[5][1]
+    assert [(step, stopping) for step, (_, stopping) in saved.items()] == [(5, True)]
     state = train(saved[5][0], 5, None)
     whole, _ = _train(compiled, jnp.int32(0), hparams, batches)
     jax.tree.map(np.testing.assert_array_equal, state, whole)

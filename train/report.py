@@ -108,10 +108,13 @@ def _listed(values: Sequence[object]) -> str:
 
 def verdict(report: Mapping[str, Any]) -> str:
     """One plain sentence: what the sweep shows of each preset, over which range, and no more."""
-    seeds = len(report["seeds"])
+    # Of the fits, which may have fewer than were run anywhere.
+    fitted = {n for preset in report["presets"].values() for n in preset["fit_seeds"].values() if n}
+    most = max(fitted, default=len(report["seeds"]))
+    fewest = min(fitted, default=most)
     widths = report["widths"]
     some_interval = any(p["drift_interval"] for p in report["presets"].values())
-    told = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    told = "1 seed" if most == 1 else f"{f'{fewest} to ' if fewest < most else ''}{most} seeds"
     head = (
         f"Over width{'s' if len(widths) > 1 else ''} {_listed(widths)} ({report['optimizer']}, "
         f"regime {report['regime']}, {amount(report['tokens'])} tokens a run, "

@@ -196,7 +196,7 @@ def find_optimum(curve: Curve) -> Optimum:
     worse = [max(nats - at_best[seed] for seed, nats in point.items()) for point in curve.by_seed]
     blown_up = near & (x > x[best]) & (np.array(worse) > BLOWN_UP)
     window = tuple(int(i) for i in np.flatnonzero(near & ~blown_up))
-    below, above = best - window[0], window[-1] - best
+    below, above = sum(i < best for i in window), sum(i > best for i in window)
     if len(window) < MIN_POINTS or min(below, above) < MIN_SIDE:
         lost = sum(abs(d - x[best]) <= OCTAVE for d in curve.diverged) + int(np.sum(blown_up))
         reason = (

@@ -198,7 +198,7 @@ def _run_pack(
     def seconds() -> float:
         return seconds_before + time.perf_counter() - start
 
-    def keep(step: int, state: TrainState, stopping: bool) -> None:
+    def keep(step: int, state: TrainState, stopping: bool = True) -> None:
         stopped.save(keys, TrainedPack(state, step, seconds()))
 
     def observe(step: int, metrics: Metrics) -> None:
