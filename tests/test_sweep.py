@@ -1,5 +1,6 @@
 """The sweep: grids, packs, the ledger, what a kill leaves behind."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from train import loop
+from train.interrupts import Stopped
 from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
@@ -269,6 +272,32 @@ def test_killed_three_times_it_ends_with_the_same_rows(finished):
     # The order of the plan, in which one process would have written them.
     assert list(map(_without_timing, killed)) == list(map(_without_timing, rows))
     assert (out / "transfer.png").exists()
+
+
+def test_told_to_stop_while_it_validates_it_trains_no_step_twice(finished, tmp_path, monkeypatch):
+    folder, options, rows = finished
+    options = dataclasses.replace(options, out=tmp_path / "out", widths=(8,))
+    validate, trained = loop.mean_validation_loss, []
+
+    def told_to_stop(compiled, state, batches, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return validate(compiled, state, batches, stop)
+
+    monkeypatch.setattr(loop, "mean_validation_loss", told_to_stop)
+    with pytest.raises(Stopped):
+        run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+    monkeypatch.setattr(loop, "mean_validation_loss", validate)
+    train = loop.run
+
+    def seen(*arguments, first_step, **more):
+        trained.append(first_step)
+        return train(*arguments, first_step=first_step, **more)
+
+    monkeypatch.setattr(loop, "run", seen)
+    again = run_sweep(options, tiny.MODEL, tiny.OPTIMIZER, tiny.data_config(folder))
+    assert max(trained) == options.steps
+    expected = [row for row in rows if row["width"] == 8]
+    assert list(map(_without_timing, again)) == list(map(_without_timing, expected))
 
 
 def _packed_state(*values):
