@@ -106,6 +106,22 @@ def test_every_epoch_is_every_row_once_in_an_order_of_its_own(config):
     assert epoch_rows(prepare(config), config, 1) == orders[1]
 
 
+def test_a_long_tokenization_is_said_before_it_begins_and_once(config, monkeypatch):
+    monkeypatch.setattr("train.data._LONG_BPE_BYTES", 1000)
+    config, said = dataclasses.replace(config, tokenizer="bpe", vocab_size=300), []
+
+    def train(*arguments):
+        assert len(said) == 1
+        return train_bpe(*arguments)
+
+    monkeypatch.setattr(tokenizer_module, "train_bpe", train)
+    prepare(config, said.append)
+    prepare(config, said.append)
+    (line,) = said
+    assert line.startswith("tokenizing 0 MB of text")
+    assert line.endswith(config.cache_dir)
+
+
 def test_loader_gives_train_batch_of_each_step(config):
     data = prepare(config)
     steps = 2 * data.train.num_sequences // config.batch_size

@@ -147,8 +147,8 @@ from train.sweep_points import Progress
 folder = pathlib.Path(sys.argv[1])
 events = []
 class Seen(Progress):
-    def planned(self, lines):
-        events.append(["planned", lines])
+    def say(self, line):
+        events.append(["said", line])
     def compiling(self, width, seconds):
         events.append(["compiling", width])
     def step(self, pack, step, losses, work):
@@ -189,9 +189,8 @@ def test_widths_on_sub_meshes_at_once_give_the_rows_of_one_device(tmp_path, devi
     events, together = _sweep(tmp_path, devices, widths, rates)
     count = len(widths.split())
     # Printed before anything is compiled.
-    assert events[0][0] == "planned"
-    assert len(events[0][1]) == count
-    steps = [tuple(event) for event in events if event[0] not in ("planned", "compiling")]
+    assert [event[0] for event in events[: count + 1]] == ["said"] * count + ["compiling"]
+    steps = [tuple(event) for event in events if event[0] not in ("said", "compiling")]
     assert len({thread for _, thread in steps}) == count
     assert len(alone) == len(together) == count * points
     for row, other in zip(alone, together, strict=True):

@@ -77,7 +77,7 @@ def run_coord_check(
     from train.coord_report import coord_table, write_coord_report
 
     _refuse_unused(model, optimizer)
-    data = prepare(data_config)
+    data = prepare(data_config, lambda line: console.print(line, soft_wrap=True, highlight=False))
     base = model.with_base(min(options.widths))
     configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
     make_writable(options.out)

@@ -45,10 +45,9 @@ class SweepBar(Progress):
     ) -> None:
         self._bar.stop()
 
-    def planned(self, lines: Sequence[str]) -> None:
+    def say(self, line: str) -> None:
         """See :class:`Progress`."""
-        for line in lines:
-            self._console.print(line, soft_wrap=True, highlight=False)
+        self._console.print(line, soft_wrap=True, highlight=False)
 
     def begin(self, total_work: int, done_work: int) -> None:
         """See :class:`Progress`."""

@@ -93,11 +93,11 @@ def _what_to_run(
     """Data, learning rate and preset: those asked for, or what the sweep of ``tuned_by`` found."""
     if options.tuned_by is None:
         learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
-        return prepare(data_config), learning_rate, preset
+        return prepare(data_config, say), learning_rate, preset
     tuning = read_tuning(options.tuned_by, options.preset, options.width)
     now = identity(model, optimizer, data_config, None, options.steps)
     require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
-    data = prepare(data_config)
+    data = prepare(data_config, say)
     now = identity(model, optimizer, data_config, data, options.steps)
     changed = differences(tuning.config, now)
     require_accepted(changed, options.accept_change, options.tuned_by)

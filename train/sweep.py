@@ -58,7 +58,7 @@ def _run_plan(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     with stop.at_once():
-        data = prepare(data_config)
+        data = prepare(data_config, progress.say)
     programs = {
         width: Program(
             model.gdn_config(width, data.vocab_size, optimizer=optimizer.name), optimizer, options.steps

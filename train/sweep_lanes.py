@@ -67,7 +67,8 @@ def run_lanes(
         devices=len(jax.local_devices()),
         per_device=per_device,
     )
-    progress.planned(describe(placed, programs, costs, tokens, jax.devices()[0]))
+    for line in describe(placed, programs, costs, tokens, jax.devices()[0]):
+        progress.say(line)
     validation = validation_batches(data, data_config)
     lanes = [lane for lane in placed.lanes if lane.process == jax.process_index()]
     # What the ledger lacks is packed anew: after a kill these are the packs that were left, since the ledger takes a

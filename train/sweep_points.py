@@ -54,8 +54,8 @@ def packs(points: Sequence[Point], size: int) -> list[list[Point]]:
 class Progress:
     """What the sweep tells its caller; the command line shows it as a bar. Does nothing by itself."""
 
-    def planned(self, lines: Sequence[str]) -> None:
-        """Which width and points run where, before anything is compiled."""
+    def say(self, line: str) -> None:
+        """What takes its time, and which width and points run where, before anything is compiled."""
 
     def begin(self, total_work: int, done_work: int) -> None:
         """Work is counted in units that are proportional to the time it takes."""
@@ -76,10 +76,10 @@ class OneAtATime(Progress):
     def __init__(self, inner: Progress) -> None:
         self._inner, self._lock = inner, threading.Lock()
 
-    def planned(self, lines: Sequence[str]) -> None:
+    def say(self, line: str) -> None:
         """See :class:`Progress`."""
         with self._lock:
-            self._inner.planned(lines)
+            self._inner.say(line)
 
     def begin(self, total_work: int, done_work: int) -> None:
         """See :class:`Progress`."""

@@ -7,7 +7,6 @@ packed stream.
 
 import hashlib
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -16,8 +15,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.data_cache import content_key, write_atomically
-
-_log = logging.getLogger(__name__)
 
 # All 256 bytes, the document token, and one merge: less than one merge is the tokenizer "bytes".
 MIN_BPE_VOCAB_SIZE = 258
@@ -117,7 +114,6 @@ def load_or_train_bpe(
     path = folder / f"bpe-{key}.json"
     serialized = _read_cached(path, key)
     if serialized is None:
-        _log.info("training a BPE of %d ids", vocab_size)
         serialized = train_bpe(documents(), vocab_size)
         entry = {
             "key": key,
