@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from train import processes
 from train.config import DEFAULT_BASE_WIDTH, ModelOptions, OptimizerOptions
 from train.data import DataConfig, PreparedData, prepare
 from train.mesh import MeshOptions, MeshShape, choose_mesh
@@ -101,7 +100,6 @@ def _what_to_run(
     now = identity(model, optimizer, data_config, data, options.steps)
     changed = differences(tuning.config, now)
     require_accepted(changed, options.accept_change, options.tuned_by)
-    if processes.first():
-        for line in plan(tuning, options.width, now, changed):
-            say(line)
+    for line in plan(tuning, options.width, now, changed):
+        say(line)
     return data, tuning.learning_rate, tuning.preset

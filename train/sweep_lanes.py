@@ -199,7 +199,7 @@ def _run_pack(
     def seconds() -> float:
         return seconds_before + time.perf_counter() - start
 
-    def keep(step: int, state: TrainState, stopping: bool = True) -> None:
+    def keep(step: int, state: TrainState, stopping: bool) -> None:
         stopped.save(keys, TrainedPack(state, step, seconds()))
 
     def observe(step: int, metrics: Metrics) -> None:
@@ -224,7 +224,7 @@ def _run_pack(
     try:
         losses = loop.mean_validation_loss(compiled, state, validation, stop)
     except Stopped:
-        keep(program.steps, state)
+        keep(program.steps, state, stopping=True)
         raise
     diverged_at = np.asarray(state.diverged_at)
     seconds_each = round(seconds() / len(pack), 3)

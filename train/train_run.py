@@ -74,7 +74,9 @@ def run_training(
     """
     with StopRequests() as stop:
         with stop.at_once():
-            setup = set_up(options, model, optimizer, data_config, mesh, say)
+            # Of a pod's processes one says what all of them do.
+            told = say if processes.first() else lambda text: None
+            setup = set_up(options, model, optimizer, data_config, mesh, told)
         with contextlib.ExitStack() as held:
             run = _Run(options, keep, setup, meshes.build_mesh(setup.shape), stop, say)
             held.enter_context(disk_full_said(options.out, run.kept))
