@@ -31,16 +31,19 @@ def _options(folder, **changes):
 def test_factors_act_on_their_roles_alone():
     program = Program(tiny.MODEL.gdn_config(16, 64), tiny.OPTIMIZER, 4)
     plain = program.hparams(0.01, "mup").rules
-    changed = program.hparams(0.01, "mup", embedding_lr=2.0, gate_lr=3.0, init_scale=5.0).rules
+    changed = program.hparams(0.01, "mup", embedding_lr=2.0, gate_lr=3.0, init_scale=5.0, o_norm_lr=7.0).rules
     seen = set()
     for spec in mup.rules.spec_leaves(program.specs):
         before, after = plain.groups[spec.group], changed.groups[spec.group]
         rate = {Role.EMBEDDING: 2, Role.GATE_MATRIX: 3, Role.GATE_SCALAR: 3}.get(spec.role, 1)
+        if spec.role is Role.NORM_GAIN and spec.out_axes == ("value_dim",):
+            rate = 7
         scale = 5 if spec.role in (Role.MATRIX, Role.GATE_MATRIX) else 1
         np.testing.assert_allclose(after.lr_multiplier, before.lr_multiplier * rate, rtol=1e-6)
         np.testing.assert_allclose(after.init_std, before.init_std * scale, rtol=1e-6)
-        seen.add(spec.role)
-    assert seen >= {Role.EMBEDDING, Role.GATE_MATRIX, Role.GATE_SCALAR, Role.MATRIX, Role.CONV}
+        seen.add((spec.role, rate))
+    gains = {(Role.NORM_GAIN, 1), (Role.NORM_GAIN, 7)}
+    assert seen >= gains | {(Role.EMBEDDING, 2), (Role.GATE_MATRIX, 3), (Role.GATE_SCALAR, 3), (Role.CONV, 1)}
 
 
 def test_a_sweep_over_four_hyperparameters_compiles_once_and_never_repeats_a_default(tmp_path, monkeypatch):
@@ -91,7 +94,7 @@ def test_a_rate_computed_in_another_way_is_the_same_point():
     [
         (
             "beta=1",
-            "--vary must be NAME=VALUES with a name of weight_decay, embedding_lr, gate_lr, init_scale",
+            "--vary must be NAME=VALUES with a name of weight_decay, embedding_lr, gate_lr, init_scale, o_norm_lr",
         ),
         ("gate_lr", "--vary must be NAME=VALUES"),
         ("gate_lr=0", "--vary gate_lr must be positive"),

@@ -281,7 +281,13 @@ _MATRICES = frozenset({Role.MATRIX, Role.GATE_MATRIX})
 
 
 def adjusted(
-    rules: Rules, specs: Any, *, embedding_lr: float = 1.0, gate_lr: float = 1.0, init_scale: float = 1.0
+    rules: Rules,
+    specs: Any,
+    *,
+    embedding_lr: float = 1.0,
+    gate_lr: float = 1.0,
+    init_scale: float = 1.0,
+    o_norm_lr: float = 1.0,
 ) -> Rules:
     """The rules with some values multiplied, the same at every width: further hyperparameters that may transfer.
 
@@ -291,12 +297,15 @@ def adjusted(
         embedding_lr: factor on the embedding's learning rate, tied or not.
         gate_lr: factor on the learning rates of gate matrices and gate scalars.
         init_scale: factor on the initial standard deviation of matrices, gate matrices included.
+        o_norm_lr: factor on the learning rate of the gain of the mixer's output norm.
     """
-    roles = {spec.group: spec.role for spec in spec_leaves(specs)}
+    specs_of = {spec.group: spec for spec in spec_leaves(specs)}
     groups = {}
     for group, rule in rules.groups.items():
-        role = roles[group]
+        role = specs_of[group].role
         rate = (embedding_lr if role in _EMBEDDINGS else 1.0) * (gate_lr if role in _GATES else 1.0)
+        if role is Role.NORM_GAIN and specs_of[group].out_axes == (ax.VALUE_DIM,):
+            rate *= o_norm_lr
         groups[group] = rule._replace(
             init_std=rule.init_std * (init_scale if role in _MATRICES else 1.0),
             lr_multiplier=rule.lr_multiplier * rate,
