@@ -14,6 +14,7 @@ from train import train_run
 from train.__main__ import main
 from train.data import prepare
 from train.report import analyse, read_rows
+from train.step import Program
 from train.sweep import identity
 from train.tuned import CHANGES, differences, read_tuning
 
@@ -21,7 +22,7 @@ STEPS = 3
 GRID = [2.0 ** (-9 + 0.5 * i) for i in range(13)]
 
 
-def sweep(folder, name, optima, *, preset="mup", seeds=(0,), grid=GRID):
+def sweep(folder, name, optima, *, preset="mup", seeds=(0,), grid=GRID, varied=None):
     """A finished sweep with planted optima (width to log2); its data are those of `tiny.data_config`."""
     out = folder / name
     out.mkdir(exist_ok=True)
@@ -47,7 +48,7 @@ def sweep(folder, name, optima, *, preset="mup", seeds=(0,), grid=GRID):
                         "code_version": "v",
                         "base_width": 8,
                     }
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(row | (varied or {})) + "\n")
     return out
 
 
@@ -63,6 +64,10 @@ def folder(tmp_path_factory):
     sweep(folder, "coarse", {8: -6.0, 16: -6.0}, grid=GRID[::2])
     sweep(folder, "narrow", {8: -6.0})
     sweep(folder, "narrow_sp", {8: -6.0}, preset="sp")
+    sweep(
+        folder, "factors", {8: -6.0, 16: -6.0}, varied={"o_norm_lr": 0.25, "gate_lr": 2.0, "init_scale": 1.0}
+    )
+    sweep(folder, "other_decay", {8: -6.0, 16: -6.0}, varied={"weight_decay": 0.5})
     return folder
 
 
@@ -102,6 +107,24 @@ def test_the_run_is_the_sweeps_at_another_width(folder):
     assert begun == json.loads((folder / "good/sweep.json").read_text())
 
 
+def test_factors_that_all_runs_of_the_sweep_have_are_taken_over(folder, monkeypatch):
+    """They were dropped in silence: the run trained with other rates than those the optimum was found with."""
+    asked = []
+    real = Program.hparams
+
+    def hparams(self, learning_rate, preset, weight_decay=None, **factors):
+        asked.append(factors)
+        return real(self, learning_rate, preset, weight_decay, **factors)
+
+    monkeypatch.setattr(Program, "hparams", hparams)
+    code, said, errors = run(folder, "--tuned-by {0}/factors --width 16 --out {0}/with_factors")
+    assert (code, errors) == (0, "")
+    assert "  factors on the rules, as in the sweep: gate_lr 2, o_norm_lr 0.25\n" in said
+    assert {"gate_lr": 2.0, "o_norm_lr": 0.25} in asked
+    begun = json.loads((folder / "with_factors/run.json").read_text())
+    assert begun["run"]["factors"] == {"gate_lr": 2.0, "o_norm_lr": 0.25}
+
+
 @pytest.fixture
 def no_compilation(monkeypatch):
     def compiled(*_args, **_options):
@@ -117,6 +140,7 @@ REFUSED = [
     ("--tuned-by {0}/edge", "the optimum of mup at width 16 lies on an edge: the best learning rate, 2^-3, is"),
     ("--tuned-by {0}/coarse", "the optimum of mup at width 8 is not resolved: within an octave"),
     ("--tuned-by {0}/narrow_sp", "has one width, which does not show that the optimum of sp transfers"),
+    ("--tuned-by {0}/other_decay", "has the weight decay 0.5 by --vary, which a run here does not take over; sweep"),
     ("--tuned-by {0}/good --preset sp", "the optimum of sp does not transfer"),
     ("--tuned-by {0}/good --preset paper_code", "--preset must be one that"),
     ("--tuned-by {0}/good --learning-rate 0.1", "use one of the two"),

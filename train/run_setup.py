@@ -1,7 +1,7 @@
 """What a run of `gdn train` is, worked out and checked before any device has work: data, program, mesh, identity."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def set_up(
         ValueError: anything wrong with them.
     """
     model = model.with_base(DEFAULT_BASE_WIDTH)
-    data, learning_rate, preset = _what_to_run(options, model, optimizer, data_config, say)
+    data, learning_rate, preset, factors = _what_to_run(options, model, optimizer, data_config, say)
     program = Program(
         model.gdn_config(options.width, data.vocab_size, optimizer=optimizer.name),
         optimizer,
@@ -65,16 +65,18 @@ def set_up(
         data_config.sequence_length,
         options.accumulate,
     )
-    run = {
+    run: dict[str, Any] = {
         "width": options.width,
         "learning_rate": learning_rate,
         "preset": preset,
         "seed": options.seed,
         "accumulate": options.accumulate,
     }
+    if factors:
+        run["factors"] = dict(factors)
     return RunSetup(
         program,
-        program.hparams(learning_rate, preset),
+        program.hparams(learning_rate, preset, **factors),
         data,
         data_config,
         shape,
@@ -88,11 +90,11 @@ def _what_to_run(
     optimizer: OptimizerOptions,
     data_config: DataConfig,
     say: Callable[[str], None],
-) -> tuple[PreparedData, float, str]:
-    """Data, learning rate and preset: those asked for, or what the sweep of ``tuned_by`` found."""
+) -> tuple[PreparedData, float, str, Mapping[str, float]]:
+    """Data, learning rate, preset, factors on the rules: as asked for, or what the sweep of ``tuned_by`` found."""
     if options.tuned_by is None:
         learning_rate, preset = options.learning_rate or DEFAULT_LEARNING_RATE, options.preset or "mup"
-        return prepare(data_config, say), learning_rate, preset
+        return prepare(data_config, say), learning_rate, preset, {}
     tuning = read_tuning(options.tuned_by, options.preset, options.width)
     now = identity(model, optimizer, data_config, None, options.steps)
     require_accepted(differences(tuning.config, now), options.accept_change, options.tuned_by)
@@ -102,4 +104,4 @@ def _what_to_run(
     require_accepted(changed, options.accept_change, options.tuned_by)
     for line in plan(tuning, options.width, now, changed):
         say(line)
-    return data, tuning.learning_rate, tuning.preset
+    return data, tuning.learning_rate, tuning.preset, tuning.factors

@@ -17,6 +17,7 @@ from train.ledger import CONFIG_FILE, ROWS_FILE
 from train.report import analyse, read_rows
 from train.report_analysis import power_of_two, trusted_from
 from train.report_figure import amount, signed
+from train.vary import WEIGHT_DECAY, not_default
 
 type ChangeName = Literal[
     "depth",
@@ -63,6 +64,7 @@ class Tuning:
         interval: of it, or None.
         width: at which it was found.
         widths: that were swept.
+        factors: on the rules, of every run of the sweep (`gdn_jax.mup.adjusted`), by name.
         verdict: the report's sentence.
     """
 
@@ -73,6 +75,7 @@ class Tuning:
     interval: Sequence[float] | None
     width: int
     widths: Sequence[int]
+    factors: Mapping[str, float]
     verdict: str
 
     @property
@@ -124,11 +127,20 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
         ValueError: no such sweep, or an optimum that is not resolved, lies on an edge or does not transfer.
     """
     config = sweep_config(folder)
-    report = analyse(read_rows(folder / ROWS_FILE))
+    rows = read_rows(folder / ROWS_FILE)
+    report = analyse(rows)
     if report["varied"]:
         raise ValueError(
             f"{folder} varies {' and '.join(report['varied'])}, which a run here does not take over; "
             "use a sweep over learning rates alone."
+        )
+    # The same in all rows.
+    factors = dict(not_default(rows[0], config["optimizer"]["weight_decay"]))
+    if WEIGHT_DECAY in factors:
+        decay = factors[WEIGHT_DECAY]
+        raise ValueError(
+            f"every run of {folder} has the weight decay {decay:g} by --vary, which a run here does not take over; "
+            f"sweep with --optimizer.weight-decay {decay:g}."
         )
     preset = _preset(report, preset, folder)
     found = report["presets"][preset]
@@ -142,6 +154,7 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
         found["interval"][base],
         found["base_width"],
         [int(w) for w in found["optimum_log2_x"]],
+        factors,
         report["verdict"],
     )
 
@@ -270,6 +283,9 @@ def plan(tuning: Tuning, width: int, now: Mapping[str, Any], changed: Mapping[st
         f"decay {now['optimizer']['weight_decay']:g} ({now['optimizer']['decay_mode']})",
         f"  the sweep: {tuning.verdict}",
     ]
+    if tuning.factors:
+        told = ", ".join(f"{name} {value:g}" for name, value in tuning.factors.items())
+        lines.append(f"  factors on the rules, as in the sweep: {told}")
     if len(tuning.widths) == 1:
         lines.append(
             f"  one width was swept: that the optimum transfers is what {tuning.preset} promises, not shown"
