@@ -3,7 +3,7 @@
 
 # Arguments of the demo's sweep; its results go to ./demo.
 DEMO = --out demo --widths 64 128 256 --presets mup sp --steps 75 \
-  --learning-rates 2^-6.5..2^-4 --shifts sp=-1 --grids 'mup@128=2^-7..2^-4' 'sp@256=2^-8.5..2^-6.5,2^-5.5' \
+  --learning-rates 2^-6.5..2^-4 --shifts sp=-1 --grids 'sp@256=2^-8.5..2^-6.5,2^-5.5' \
   --model.layers 2 --data.sequence-length 128 --data.batch-size 8 --optimizer.warmup-fraction 0.02
 
 # Test processes. JAX compiles on one core, and compiling is most of what the tests do.
