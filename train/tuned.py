@@ -124,7 +124,8 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
         width: at which it is to be used.
 
     Raises:
-        ValueError: no such sweep, or an optimum that is not resolved, lies on an edge or does not transfer.
+        ValueError: no such sweep, one that varies more than learning rates (a factor that all its runs have is taken
+            over), or an optimum that is not resolved, lies on an edge or does not transfer.
     """
     config = sweep_config(folder)
     rows = read_rows(folder / ROWS_FILE)
