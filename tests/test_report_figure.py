@@ -8,7 +8,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from train.report import write_report
-from train.report_figure import unsigned, width_colours
+from train.report_analysis import curves
+from train.report_figure import _limits, unsigned, width_colours
 
 
 def bowl(log2_x, **more):
@@ -46,6 +47,17 @@ def test_a_curve_of_a_narrow_range_of_losses_is_drawn_inside_its_panel(tmp_path)
     # The panel lies below the legend and the caption; a curve crosses most of its columns.
     panel = drawn[round(0.26 * height) : round(0.88 * height), round(0.1 * width) : round(0.98 * width)]
     assert panel.any(axis=0).mean() > 0.8
+
+
+def test_the_highest_of_few_sound_points_is_drawn_and_one_that_blew_up_is_not():
+    """A 0.85 quantile alone cuts off the end of a curve of six points."""
+    losses = {-9: 4.10, -8.5: 4.04, -8: 4.0, -7.5: 4.01, -7: 4.04, -6.5: 4.18}
+    rows = [bowl(log2_x, val_loss=loss) for log2_x, loss in losses.items()]
+    bottom, top = _limits(curves(rows))
+    assert bottom < 4.0
+    assert 4.18 < top < 4.25
+    _, top = _limits(curves([*rows, bowl(-6, val_loss=6.0)]))
+    assert 4.18 < top < 4.5
 
 
 def test_names_with_factors_end_within_their_panels(tmp_path):

@@ -94,7 +94,9 @@ def _limits(by_preset: Mapping[str, Mapping[int, Curve]]) -> tuple[float, float]
         ]
     )
     rises = rises[rises > 0]
-    wall = float(np.quantile(rises, 0.85)) if rises.size else 0.0
+    typical = float(np.quantile(rises, 0.85)) if rises.size else 0.0
+    # What is not much higher is shown as well: few sound points have no room for outliers.
+    wall = float(rises[rises <= 2 * typical].max(initial=typical))
     # A single exploding curve must not flatten all basins.
     wall = min(wall, 1.5 * max(float(np.ptp(best)), 4 * float(np.median(rises)) if rises.size else 0.0))
     span = float(np.ptp(best)) + max(wall, 0.02)
