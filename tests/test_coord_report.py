@@ -314,19 +314,66 @@ def test_figure_and_table_of_many_presets(tmp_path):
 def test_exit_code(planted, code, tmp_path, monkeypatch):
     rows = measured(planted=planted)
 
-    def planted_rows(config, *, preset, **_):
-        return [row for row in rows if (row["width"], row["preset"]) == (config.width, preset)]
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(rows))
+    returned, _ = checked(tmp_path, seeds=(0, 1, 2))
+    assert returned == code
+    assert (tmp_path / "out/coord.png").is_file()
 
-    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", planted_rows)
+
+def measure_from(rows, calls=None, most=math.inf):
+    """Stands for `measure`: takes ``rows``; the call after ``most`` is interrupted."""
+
+    calls = [] if calls is None else calls
+
+    def measure(config, *, preset, seeds, **_):
+        points = [(config.width, preset, seed) for seed in seeds]
+        if len(calls) == most:
+            raise KeyboardInterrupt
+        calls.append(points)
+        return [row for row in rows if (row["width"], row["preset"], row["seed"]) in points]
+
+    return measure
+
+
+def checked(tmp_path, learning_rate=None, **options):
+    text = io.StringIO()
     returned = run_coord_check(
-        CoordOptions(tmp_path / "out"),
+        CoordOptions(tmp_path / "out", learning_rate=learning_rate, **options),
         ModelOptions(),
         OptimizerOptions(),
         tiny.data_config(tmp_path),
-        Console(file=io.StringIO()),
+        Console(file=text, width=200),
     )
-    assert returned == code
-    assert (tmp_path / "out/coord.png").is_file()
+    return returned, text.getvalue()
+
+
+def test_a_check_that_was_stopped_goes_on_and_takes_more_seeds(tmp_path, monkeypatch):
+    rows, first, second, third = measured(seeds=4), [], [], []
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(rows, first, most=7))
+    with pytest.raises(KeyboardInterrupt):
+        checked(tmp_path, seeds=(0, 1, 2))
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(rows, second))
+    returned, said = checked(tmp_path, seeds=(0, 1, 2))
+    assert returned == 0
+    assert "going on: 7 of 24 models are measured already" in said
+    assert len(second) == 24 - 7
+    assert not [point for point in second if point in first]
+    at_once = tmp_path / "at_once"
+    write_coord_report([row for row in rows if row["seed"] < 3], at_once)
+    assert (tmp_path / "out/coord.json").read_bytes() == (at_once / "coord.json").read_bytes()
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(rows, third))
+    checked(tmp_path, seeds=(0, 1, 2, 3))
+    assert {seed for ((_, _, seed),) in third} == {3}
+
+
+def test_a_folder_of_another_check_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(measured()))
+    checked(tmp_path, seeds=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"another configuration \(learning_rate 0.00390625 -> 0.0078125\)"):
+        checked(tmp_path, seeds=(0, 1, 2), learning_rate=2.0**-7)
+    (tmp_path / "out/coord_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has coord_rows\.jsonl but no coord_config\.json"):
+        checked(tmp_path, seeds=(0, 1, 2))
 
 
 @pytest.mark.parametrize(

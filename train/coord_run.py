@@ -4,14 +4,17 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from train.config import ModelOptions, OptimizerOptions, PresetName, check_learning_rate, check_preset_name
 from train.data import DataConfig, prepare, train_batch
-from train.ledger import make_writable
+from train.faults import disk_full_said
+from train.ledger import check_identity, code_version, make_writable, only_process, write_atomically
 from train.rates import Rate
 
 ROWS_FILE = "coord_rows.jsonl"
+CONFIG_FILE = "coord_config.json"
 _AT_STEPS = (0, 2, 10)
 
 
@@ -20,7 +23,7 @@ class CoordOptions:
     """What is measured, and where the results go."""
 
     out: pathlib.Path
-    """Folder of coord.json, coord.png and the measurements."""
+    """Folder of coord.json, coord.png and the measurements; a check that was stopped goes on from it."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """At least 4 widths that span at least 8x; the smallest is the base."""
     presets: tuple[PresetName, ...] = ()
@@ -68,47 +71,97 @@ def run_coord_check(
     data_config: DataConfig,
     console: Any,
 ) -> int:
-    """Returns the exit code: 0 when muP passes and every control fails, else 1.
+    """Measures what the folder does not hold yet; a kill costs one model.
+
+    Returns:
+        The exit code: 0 when muP passes and every control fails, else 1.
 
     Raises:
         ValueError: anything wrong with options, corpus or folder; before any compilation.
     """
-    from gdn_jax.mup.coord_check import Tokens, measure
+    from gdn_jax.mup.coord_check import Tokens
     from train.coord_report import coord_table, write_coord_report
+    from train.sweep import identity
 
     _refuse_unused(model, optimizer)
     data = prepare(data_config, lambda line: console.print(line, soft_wrap=True, highlight=False))
     base = model.with_base(min(options.widths))
     configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
-    make_writable(options.out)
     rate = options.learning_rate or (2.0**-2 if optimizer.name == "sgd" else 2.0**-8)
-    gates_differ = optimizer.name == "sgd" and model.regime == "head_dim"
-    presets = options.presets or ("mup", "sp", *(("mup_standard",) if gates_differ else ()))
+    config = identity(base, optimizer, data_config, data, max(_AT_STEPS)) | {"learning_rate": rate}
+    make_writable(options.out)
     # One batch, trained on and measured on: on another one, what training adds is mostly noise at these few steps,
     # and noise of a sum over width shrinks with width.
     probe = Tokens(*train_batch(data, data_config, 0))
-    batches = [probe] * max(_AT_STEPS)
-    rows = []
-    for width, config in configs.items():
+    shared = {"regime": model.regime, "learning_rate": rate, "code_version": code_version()}
+    with only_process(options.out), disk_full_said(options.out, lambda: "the measurements so far are kept"):
+        known = _rows_so_far(options.out, config)
+        rows = _measure_missing(options, configs, optimizer, probe, shared, known, console)
+        analysis = write_coord_report(rows, options.out)
+    console.print(coord_table(analysis))
+    console.print(f"picture: {options.out / 'coord.png'}")
+    return 0 if analysis["passed"] else 1
+
+
+def _rows_so_far(out: pathlib.Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    path = out / ROWS_FILE
+    if path.exists() and not (out / CONFIG_FILE).exists():
+        raise ValueError(f"{out} has {ROWS_FILE} but no {CONFIG_FILE}; choose an empty folder as --out.")
+    check_identity(out, CONFIG_FILE, config)
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
+
+
+def _measure_missing(
+    options: CoordOptions,
+    configs: Mapping[int, Any],
+    optimizer: OptimizerOptions,
+    probe: Any,
+    shared: dict[str, Any],
+    known: list[dict[str, Any]],
+    console: Any,
+) -> list[dict[str, Any]]:
+    """Rows of all that is asked for, of which ``known`` are on disk already; new ones go there model by model."""
+    from gdn_jax.mup.coord_check import measure
+
+    gates_differ = optimizer.name == "sgd" and shared["regime"] == "head_dim"
+    presets = options.presets or ("mup", "sp", *(("mup_standard",) if gates_differ else ()))
+    by_width = {
+        width: [(width, preset, seed) for preset in presets for seed in sorted(set(options.seeds))]
+        for width in configs
+    }
+    asked = {point for points in by_width.values() for point in points}
+    done = asked & {_point(row) for row in known}
+    if done:
+        console.print(f"going on: {len(done)} of {len(asked)} models are measured already")
+    for width, points in by_width.items():
         start = time.perf_counter()
-        for preset in presets:
-            rows += [
-                row | {"regime": model.regime, "learning_rate": rate, "value_heads": config.num_value_heads}
+        missing = [point for point in points if point not in done]
+        for _, preset, seed in missing:
+            known += [
+                row | shared | {"value_heads": configs[width].num_value_heads}
                 for row in measure(
-                    config,
+                    configs[width],
                     preset=preset,
                     optimizer=optimizer.name,
-                    learning_rate=rate,
-                    seeds=sorted(set(options.seeds)),
-                    batches=batches,
+                    learning_rate=shared["learning_rate"],
+                    seeds=[seed],
+                    batches=[probe] * max(_AT_STEPS),
                     probe=probe,
                     at_steps=_AT_STEPS,
                     momentum=optimizer.momentum,
                 )
             ]
-        console.print(f"width {width} measured in {time.perf_counter() - start:.0f} s")
-    (options.out / ROWS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-    analysis = write_coord_report(rows, options.out)
-    console.print(coord_table(analysis))
-    console.print(f"picture: {options.out / 'coord.png'}")
-    return 0 if analysis["passed"] else 1
+            lines = (json.dumps(row, sort_keys=True) + "\n" for row in known)
+            write_atomically(options.out / ROWS_FILE, "".join(lines))
+        if missing:
+            console.print(f"width {width} measured in {time.perf_counter() - start:.0f} s")
+    return [row for row in known if _point(row) in asked]
+
+
+def _point(row: Mapping[str, Any]) -> tuple[int, str, int]:
+    return row["width"], row["preset"], row["seed"]
