@@ -27,14 +27,15 @@ TPU_COMPILER = .libtpu/installed
 PYTEST := GDN_REQUIRE_TPU_COMPILER=1 $(PYTEST)
 endif
 
-.PHONY: help install demo results test slow lint check-pins test-old-jax tpu-compiler
+.PHONY: help install demo results test slow long lint check-pins test-old-jax tpu-compiler
 
 help:
 	@echo "make install       Python environment in .venv"
 	@echo "make demo          a small sweep over width and learning rate, in minutes, on a CPU"
 	@echo "make results       reports, pictures and tables of docs/results again, from the committed rows"
 	@echo "make test          the tests"
-	@echo "make slow          the tests that take minutes each, the whole demo among them"
+	@echo "make slow          the tests that take tens of seconds each"
+	@echo "make long          the tests that take minutes each, the whole demo among them"
 	@echo "make lint          formatting, lint and types"
 	@echo "make test-old-jax  the kernel tests with jax $(OLD_JAX), in an environment of their own"
 	@echo "make tpu-compiler  the TPU compiler in .libtpu, which needs no TPU (Linux on x86-64 only)"
@@ -53,7 +54,10 @@ test: install tpu-compiler
 	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal
 
 slow: install tpu-compiler
-	@$(PYTEST) -m slow
+	@$(PYTEST) -n $(TEST_JOBS) --dist worksteal -m 'slow and not long'
+
+long: install tpu-compiler
+	@$(PYTEST) -m long
 
 lint: install
 	@.venv/bin/ruff check .
@@ -70,7 +74,7 @@ check-pins: install
 	fi
 
 test-old-jax: $(OLD_VENV)/installed
-	@$(SHARED_CACHE) $(OLD_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/test_kernel_*.py
+	@$(SHARED_CACHE) $(OLD_VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m 'not long' tests/test_kernel_*.py
 
 # Not into .venv: there every command of jax would look for a TPU to start.
 .libtpu/installed: constraints.txt | .venv/installed

@@ -1,4 +1,4 @@
-"""`gdn compile`: what the compiler says is read rightly, and (slow) every configuration compiles and is judged."""
+"""`gdn compile`: what the compiler says is read rightly, and (long) every configuration compiles and is judged."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_the_report_as_lines():
     assert describe(report | {"fits": True})[-1].startswith("fits: 18.50 of 15.75 GiB")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("size", ["1.3b", "7b", "30b"])
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4"])
@@ -88,7 +88,7 @@ def test_every_configuration_compiles_and_fits(libtpu, topology, size):
     assert ("reduce-scatter", "fsdp") in kinds or topology.startswith("tpu7x")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_what_is_too_large_is_refused_with_the_numbers(libtpu, capsys):
     """30 B parameters with their optimizer's state, whole on every chip: 356 GiB at least."""

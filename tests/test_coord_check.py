@@ -1,4 +1,4 @@
-"""The coordinate check measures what it says; the whole check is a slow test and a command."""
+"""The coordinate check measures what it says; the whole check is a long test and a command."""
 
 import json
 import os
@@ -102,8 +102,9 @@ def test_gates_start_alike_at_every_width():
     assert starts[16]["A_log"][0, 0] != starts[16]["A_log"][0, 1]
 
 
+@pytest.mark.slow
 def test_sp_changes_more_with_width_than_mup(rows):
-    """One seed and toy widths show the direction; bounds and standard errors are the slow check's."""
+    """One seed and toy widths show the direction; bounds and standard errors are the long check's."""
     sp = {width: _measure(width, "sp") for width in (16, 64)}
     for quantity in ("q", "v", "gate_b", "residual"):
         growth = {
@@ -113,6 +114,7 @@ def test_sp_changes_more_with_width_than_mup(rows):
         assert growth["sp"] > 1.6 * growth["mup"], (quantity, growth)
 
 
+@pytest.mark.slow
 def test_update_of_a_matrix_recomputed_by_hand():
     """Adam's first step is rate * sign(gradient); mean |dW_b x0| follows from that and the public intermediates."""
     rows = _measure(16, rate=0.02, at_steps=(0, 1))
@@ -156,7 +158,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("regime", CHECKS)
 def test_mup_passes_its_controls_fail_and_the_papers_code_freezes(tmp_path, regime):

@@ -38,6 +38,7 @@ def measured():
     return program, hparams, batch, state, moved
 
 
+@pytest.mark.slow
 def test_terms_of_the_channels_add_up_to_the_gates_gradients(measured):
     program, _, batch, state, moved = measured
     tokens, targets, segments, mask = map(jnp.asarray, batch)
@@ -62,6 +63,7 @@ def test_terms_of_the_channels_add_up_to_the_gates_gradients(measured):
             assert float(error) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_rows(measured):
     program, hparams, batch, state, moved = measured
     row = measurement(program, tiny.one_device(), 3, hparams, batch)(state._replace(params=moved))

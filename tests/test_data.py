@@ -353,7 +353,7 @@ def test_processes_that_prepare_at_once_agree(config, tmp_path):
     assert printed == [digest.hexdigest()] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_default_corpus_is_ready_in_time(tmp_path):
     """Limits of the project: bytes 5 s, a BPE of 4096 60 s, warm 1 s."""
     bytes_config = DataConfig(cache_dir=str(tmp_path))

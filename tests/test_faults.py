@@ -32,19 +32,21 @@ def undisturbed(tmp_path_factory, in_a_process_of_its_own):
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_killed_and_terminated_it_ends_with_the_same_bits(tmp_path, undisturbed):
     """One run, disturbed by both; the campaign's own driver is what `tests/campaigns.py` runs."""
     seen = campaign_kill.runs(tmp_path, 2, 1, seed=3, steps=STEPS, first=undisturbed)
     assert seen["struck"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_damaged_it_goes_on_from_the_checkpoint_before(tmp_path):
     assert campaign_damage.damages(tmp_path, 5, seed=0, resumed=1)["damages"] == 5
     # What the manifests are for: a check that cannot fail would prove nothing.
     assert campaign_damage.silent_without_manifests(tmp_path, 5, seed=0) > 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing(tmp_path, undisturbed):
     try:
         seen = campaign_faults.full_disk(tmp_path, 1, seed=2, steps=STEPS, whole=undisturbed)
@@ -53,12 +55,13 @@ def test_a_full_disk_costs_nothing(tmp_path, undisturbed):
     assert seen["full"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_numbers_that_are_not_finite(tmp_path):
     """Each of the three kinds; `tests/test_step.py` has the parts, without a run around them."""
     assert campaign_faults.not_finite(tmp_path, 3, seed=0)["injected"] == 3
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_terminated_goes_on_in_the_middle_of_a_pack(tmp_path):
     seen = campaign_kill.sweep(tmp_path, 1, 0, widths=(16,), rates=3, steps=200, number=signal.SIGTERM)
     assert seen["struck"] == 1
@@ -78,6 +81,7 @@ def test_terminated_while_it_compiles(tmp_path, monkeypatch):
     assert errors.splitlines()[-1] == "gdn: stopped by SIGTERM; the same command goes on from here"
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_while_one_runs(tmp_path):
     words = campaign_runs.train_words(tmp_path, tmp_path / "out", steps=100_000)
     process = campaign_runs.start(words)

@@ -50,6 +50,7 @@ class TestComposition:
         assert jax.eval_shape(gated_delta_rule, **small())[1] is None
 
     @pytest.mark.parametrize("axes", ["batch", "heads"])
+    @pytest.mark.slow
     def test_shard_map(self, axes):
         # Two emulated devices need their own process: the flag is read when JAX starts.
         environment_line = "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'"

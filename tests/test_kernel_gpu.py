@@ -83,6 +83,7 @@ def test_correlated_keys_and_beta_of_zero_and_decay_to_nothing():
         ((1, 40, 1, 1, 64, 64), "float16"),
     ],
 )
+@pytest.mark.slow
 def test_norms_inside(shape, dtype):
     """Keys and queries of lengths from 0.1 to 30, and an eps that is not small beside all of them."""
     x = rounded(shape, dtype, seed=5)
@@ -126,6 +127,7 @@ def test_gates_norm_documents_and_padding_inside():
         ((1, 384, 1, 1, 64, 64), 3),
     ],
 )
+@pytest.mark.slow
 def test_several_chunks_a_program(shape, programs, monkeypatch):
     """Every buffer is filled again, and every barrier passes more than once: few programs have all chunks of a head."""
     monkeypatch.setattr(tiling, "gpu_run", lambda chunks, stride, rows: chunks // programs)
@@ -135,6 +137,7 @@ def test_several_chunks_a_program(shape, programs, monkeypatch):
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((1, 256, 1, 2, 128, 128), 2), ((1, 128, 1, 2, 64, 256), 1)])
+@pytest.mark.slow
 def test_heads_begin_at_different_chunks(shape, stride, monkeypatch):
     """The second head's gradients begin in the middle of the program's chunks, and end there."""
     monkeypatch.setattr(tiling, "gpu_run", lambda chunks, stride, rows: chunks)
@@ -153,6 +156,7 @@ def test_heads_begin_at_different_chunks(shape, stride, monkeypatch):
         ((1, 192, 1, 1, 256, 64), {}, False),
     ],
 )
+@pytest.mark.slow
 def test_sequences_in_parts(shape, options, has_state, monkeypatch):
     """Three parts of one chunk each, whose states are put together, with slow decay so that all of them count."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 3)
@@ -174,6 +178,7 @@ def test_sequences_in_parts(shape, options, has_state, monkeypatch):
         ((1, 512, 1, 1, 64, 64), {}, 2, [(1, 6)], True),
     ],
 )
+@pytest.mark.slow
 def test_parts_skip_what_is_forgotten(shape, options, pieces, forgets, has_state, monkeypatch):
     """Two parts, whole or in pieces; some chunks of each sequence forget. What nobody asks for is NaN."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2)
@@ -212,6 +217,7 @@ def sharded(**x):
     return jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=data, out_specs=data)(x)
 
 
+@pytest.mark.slow
 def test_parts_under_vmap_and_shard_map(monkeypatch):
     """Two sequences at once are programs enough, so that they are not cut; one is. What is saved must fit both."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2 if rows == 1 else 1)
@@ -265,6 +271,7 @@ def test_a_planted_race_is_found(monkeypatch, capfd):
     assert "RACE DETECTED" in found.upper()
 
 
+@pytest.mark.slow
 def test_parts_compose_with_shard_map(monkeypatch):
     """A call of a sequence that is cut, inside a shard_map, equals one outside it."""
     monkeypatch.setattr(tiling, "gpu_parts", lambda chunks, rows: 2)
@@ -301,6 +308,7 @@ def test_lowers_for_a_gpu(shape, parts, monkeypatch):
     assert {name for name in names if name in text} == names
 
 
+@pytest.mark.slow
 def test_a_result_that_nobody_differentiates():
     """A loss of o or of the final state alone: bit for bit as with the other in it, times zero."""
     x = rounded((1, 70, 1, 1, 64, 64), "bfloat16", seed=9)

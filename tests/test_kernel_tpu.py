@@ -78,6 +78,7 @@ PACKS = {
 
 
 @pytest.mark.parametrize("case", PACKS)
+@pytest.mark.slow
 def test_packs_equal_definition(case, monkeypatch):
     monkeypatch.setattr(tiling, "TPU_CHUNK", 64)
     shape, dtype, hard, options = PACKS[case]
@@ -104,6 +105,7 @@ def test_heads_pack_where_two_fill_the_lanes():
 
 
 @pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite"])
+@pytest.mark.slow
 def test_every_kind_of_chip_computes_the_same(kind, monkeypatch):
     """Where a bundle stores one register the kernels are cut into more regions: two heads walk, then the third."""
     monkeypatch.setattr(mosaic_tpu, "_target_kind", lambda: kind)
@@ -125,6 +127,7 @@ def test_equals_definition(case):
         assert_near(name, value, wanted[name], dtype)
 
 
+@pytest.mark.slow
 def test_gates_norm_documents_and_padding_inside():
     """Gates made inside, documents that begin inside a chunk and at its edge, padding of NaN, no initial state."""
     x, poisoned, segment_ids = documents()
@@ -151,6 +154,7 @@ def test_a_planted_race_is_found(monkeypatch, capfd):
     assert "RACE DETECTED" in found
 
 
+@pytest.mark.slow
 def test_gate_gradients_keep_their_direction():
     """Sums over all tokens of terms that cancel: dA_log and ddt_bias, bfloat16, keys nearly equal, slow decay."""
     shape = (1, 128, 1, 2, 128, 128)
@@ -172,6 +176,7 @@ def test_gate_gradients_keep_their_direction():
         assert cosine >= 0.999, (name, cosine)
 
 
+@pytest.mark.slow
 def test_composes_with_vmap_and_shard_map():
     """A batch of calls inside a shard_map, its checks on, equals one call of all sequences."""
     x = rounded((2, 40, 1, 1, 64, 64), "float32", seed=7)
@@ -189,6 +194,7 @@ def test_composes_with_vmap_and_shard_map():
         np.testing.assert_array_equal(composed[name], value, name)
 
 
+@pytest.mark.slow
 def test_composes_with_checkpoint():
     """Rematerialised but for its states, by name."""
     x = rounded((1, 40, 1, 1, 64, 64), "float32", seed=7)
@@ -226,6 +232,7 @@ def test_refuses_by_name(monkeypatch):
         assert np.isfinite(gated_delta_rule(**x)[0]).all()
 
 
+@pytest.mark.slow
 def test_values_wider_than_a_kernel_are_split():
     x = rounded((1, 20, 1, 1, 64, 300), "float32")
     actual, wanted = interpreted(KERNEL, x), expected(REFERENCE, x)

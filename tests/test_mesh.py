@@ -72,10 +72,12 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.slow
 def test_axes_together_agree_with_one_device(measured, name):
     assert_agrees(measured, name, 1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_exchanged(measured):
     results = measured["results"]
     assert results[""]["exchanges"] == []
@@ -88,6 +90,7 @@ def test_what_is_exchanged(measured):
     assert not any("sweep" in name or "permute" in name for name in found)
 
 
+@pytest.mark.slow
 def test_initialised_in_parts(measured):
     results = measured["results"]
     assert results["fsdp=2,sequence=2,tensor=2"]["parts"] == 4
@@ -95,7 +98,7 @@ def test_initialised_in_parts(measured):
     assert results[""]["largest_in_init"] >= measured["whole"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_axis_alone_for_50_steps(tmp_path):
     measured = measure(tmp_path, 50, ALONE)
     for name in ALONE:

@@ -76,10 +76,11 @@ def alone(tmp_path_factory):
     ("processes", "devices", "mesh"),
     [
         (2, 2, {"fsdp": 2, "sequence": 2}),
-        pytest.param(1, 4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(2, 1, {"data": 2}, marks=pytest.mark.slow),
+        pytest.param(1, 4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.long),
+        pytest.param(2, 1, {"data": 2}, marks=pytest.mark.long),
     ],
 )
+@pytest.mark.slow
 def test_parts_of_a_batch_nans_and_coordinates_on_a_mesh(alone, processes, devices, mesh):
     folder, expected = alone
     out = f"{processes}x{devices}"
@@ -102,7 +103,7 @@ def test_parts_of_a_batch_nans_and_coordinates_on_a_mesh(alone, processes, devic
     assert rows_read(folder, out) == rows_read(folder, "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_devices_and_other_processes_in_50_steps(tmp_path):
     """8 devices, then 4, then 2; and 2 processes, then 1: the same curve from the same rows, each read once."""
     run(tmp_path, 1, 1, out="whole", mesh={}, steps=50)

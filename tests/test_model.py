@@ -99,6 +99,7 @@ def test_cache_without_segments_goes_on(mixer, x):
 
 
 @pytest.mark.parametrize("policy", ["block", "projections", "products"])
+@pytest.mark.slow
 def test_remat_changes_nothing(model, policy):
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
     remat = GDNLanguageModel(dataclasses.replace(CONFIG, remat=policy), rngs=nnx.Rngs(0))
@@ -168,6 +169,7 @@ def test_bfloat16_compute_is_close(model):
 
 
 @pytest.mark.usefixtures("optimized")
+@pytest.mark.slow
 def test_intermediates_do_not_change_the_logits(model):
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, CONFIG.vocab_size)
     logits, seen = model.with_intermediates(tokens)

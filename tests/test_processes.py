@@ -77,6 +77,7 @@ def losses(folder, out):
     return np.asarray([found[step] for step in sorted(found)])
 
 
+@pytest.mark.slow
 def test_stopped_by_two_processes_and_ended_by_one(tmp_path):
     """As many devices or fewer, another mesh, another number of processes: the same losses."""
     train(tmp_path, "whole", 1, 1)
@@ -89,7 +90,7 @@ def test_stopped_by_two_processes_and_ended_by_one(tmp_path):
     assert error <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_number_of_processes_and_devices(tmp_path):
     train(tmp_path, "1", 1, 1)
     for processes in (2, 4):
@@ -101,7 +102,7 @@ def test_any_number_of_processes_and_devices(tmp_path):
     assert np.abs(losses(tmp_path, "fewer") - losses(tmp_path, "1")).max() <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_of_two_processes(tmp_path):
     grid = ["--widths", "8", "16", "--learning-rates", "2^-6..2^-5", "--presets", "mup", "--steps", "3"]
     _, other = run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "two"))
@@ -129,7 +130,7 @@ def _rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("told", [0, 1])
 def test_one_of_two_processes_is_told_to_stop(tmp_path, told):
     """All stop at the same step of a run, and after the next step of a sweep; nothing is lost."""

@@ -85,7 +85,7 @@ def test_commands_run(tmp_path):
     assert "runs/sweep: the optimum of mup at width 32" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_the_coordinate_check_passes_as_written(tmp_path):
     checks = [words for words in COMMANDS if words[0] == "coord-check"]
@@ -99,7 +99,7 @@ def test_the_coordinate_check_passes_as_written(tmp_path):
 DEMO_SEEDS = (0, 1, 2, 3, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3 * 3600)
 def test_the_demo_shows_transfer(tmp_path):
     planned = subprocess.run(

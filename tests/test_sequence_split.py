@@ -79,6 +79,7 @@ def beyond(errors, dtype):
 
 
 @pytest.mark.parametrize("name", OP_CASES)
+@pytest.mark.slow
 def test_op_equals_one_device(measured, name):
     dtype, _ = OP_CASES[name]
     assert {"o", "final_state", "dq", "dk", "dv", "dinitial_state"} <= measured[name].keys()
@@ -86,22 +87,26 @@ def test_op_equals_one_device(measured, name):
 
 
 @pytest.mark.parametrize("name", MIXER_CASES)
+@pytest.mark.slow
 def test_mixer_equals_one_device(measured, name):
     assert {"y", "dA_log", "dconv_q.kernel", "dq.kernel", "do.kernel"} <= measured[name].keys()
     assert not beyond(measured[name], "float32")
 
 
 @pytest.mark.parametrize("name", FORWARD_CASES)
+@pytest.mark.slow
 def test_forward_equals_one_device(measured, name):
     assert not beyond(measured[name], "float32")
 
 
 @pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.slow
 def test_faults_are_found(measured, name):
     found = beyond(measured[name], "float32")
     assert max(found.values()) > 0.01
 
 
+@pytest.mark.slow
 def test_only_states_ids_and_halos_travel(measured):
     assert isinstance(measured["traffic"], dict), measured["traffic"]
     batch, _, key_heads, value_heads, key_dim, value_dim = SHAPE

@@ -234,6 +234,7 @@ def test_a_last_step_that_goes_too_far_is_a_divergence(tmp_path):
     assert write_report(options.out)["runs_diverged"] == 1
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_rows(finished):
     """kill -9 at three moments: after the first row, after the third, and while it compiles or trains."""
     folder, _, rows = finished

@@ -182,8 +182,9 @@ def _sweep(folder, devices, widths, rates):
 
 @pytest.mark.parametrize(
     ("devices", "widths", "rates", "points"),
-    [(4, "8 16", "2^-5..2^-4.5", 2), pytest.param(8, "8 16 32", "2^-7..2^-3.5", 8, marks=pytest.mark.slow)],
+    [(4, "8 16", "2^-5..2^-4.5", 2), pytest.param(8, "8 16 32", "2^-7..2^-3.5", 8, marks=pytest.mark.long)],
 )
+@pytest.mark.slow
 def test_widths_on_sub_meshes_at_once_give_the_rows_of_one_device(tmp_path, devices, widths, rates, points):
     _, alone = _sweep(tmp_path, 1, widths, rates)
     events, together = _sweep(tmp_path, devices, widths, rates)
@@ -199,7 +200,7 @@ def test_widths_on_sub_meshes_at_once_give_the_rows_of_one_device(tmp_path, devi
         assert other["val_loss"] == pytest.approx(row["val_loss"], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lanes_that_are_told_to_stop_keep_their_packs(tmp_path):
     """Two widths at the same time on two devices each; the same rows as without the signal."""
     campaign_runs.data_words(tmp_path)

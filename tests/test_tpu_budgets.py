@@ -71,11 +71,13 @@ def _check(program, topology, dim, *passes):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.slow
 def test_bundles_on_v6e(program, dim):
     _check(program, "v6e", dim, "forward", "backward")
 
 
 @pytest.mark.parametrize("topology", ["v4", "v5e", "v5p", "tpu7x"])
+@pytest.mark.slow
 def test_bundles_elsewhere(program, topology):
     _check(program, topology, 128, "forward", *(["backward"] if topology == "v4" else []))
 
@@ -85,7 +87,7 @@ def test_budgets_are_within_what_is_asked_for():
         assert all(MARGIN * SEEN[key][which] <= bound for which, bound in passes.items())
 
 
-@pytest.mark.parametrize("topology", ["v6e", pytest.param("v4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("topology", ["v6e", pytest.param("v4", marks=pytest.mark.long)])
 def test_a_single_step_is_one_kernel_that_moves_each_state_once(program, topology):
     """In a loop that decodes; XLA's own step passes over the states twice."""
     both = program("decode", topology, "chunked", "mosaic_tpu")
@@ -100,19 +102,20 @@ def test_a_single_step_is_one_kernel_that_moves_each_state_once(program, topolog
 UNMOVED = {"kernels": KERNELS, "moved": []}
 
 
+@pytest.mark.slow
 def test_nothing_is_moved_around_the_op_or_in_the_mixer(program):
     names = ("narrow_heads", "train_4k")
     assert program("alone", "v6e", *names) == dict.fromkeys(names, UNMOVED)
     assert program("mixer", "v6e") == UNMOVED
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("topology", "dim"), SEEN)
 def test_all_bundles(program, topology, dim):
     _check(program, topology, dim, "forward", "backward")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("topology", tpu_compiler.TOPOLOGIES)
 def test_every_named_shape_compiles_and_nothing_is_moved(program, topology):
@@ -126,7 +129,7 @@ def test_every_named_shape_compiles_and_nothing_is_moved(program, topology):
     assert program("mixer", topology) == UNMOVED
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("topology", tpu_compiler.TOPOLOGIES)
 def test_float32_and_unequal_heads_compile(program, topology):
     cases = [
@@ -136,7 +139,7 @@ def test_float32_and_unequal_heads_compile(program, topology):
     assert all(result["vmem"] <= VMEM for result in results)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:8x8x8"])
 def test_a_train_step_compiles_for_a_pod(program, topology):
