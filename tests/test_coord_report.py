@@ -322,7 +322,6 @@ def test_exit_code(planted, code, tmp_path, monkeypatch):
 
 def measure_from(rows, calls=None, most=math.inf):
     """Stands for `measure`: takes ``rows``; the call after ``most`` is interrupted."""
-
     calls = [] if calls is None else calls
 
     def measure(config, *, preset, seeds, **_):
@@ -337,14 +336,10 @@ def measure_from(rows, calls=None, most=math.inf):
 
 def checked(tmp_path, learning_rate=None, **options):
     text = io.StringIO()
-    returned = run_coord_check(
-        CoordOptions(tmp_path / "out", learning_rate=learning_rate, **options),
-        ModelOptions(),
-        OptimizerOptions(),
-        tiny.data_config(tmp_path),
-        Console(file=text, width=200),
-    )
-    return returned, text.getvalue()
+    check = CoordOptions(tmp_path / "out", learning_rate=learning_rate, **options)
+    data = tiny.data_config(tmp_path)
+    code = run_coord_check(check, ModelOptions(), OptimizerOptions(), data, Console(file=text, width=200))
+    return code, text.getvalue()
 
 
 def test_a_check_that_was_stopped_goes_on_and_takes_more_seeds(tmp_path, monkeypatch):
@@ -355,7 +350,7 @@ def test_a_check_that_was_stopped_goes_on_and_takes_more_seeds(tmp_path, monkeyp
     monkeypatch.setattr("gdn_jax.mup.coord_check.measure", measure_from(rows, second))
     returned, said = checked(tmp_path, seeds=(0, 1, 2))
     assert returned == 0
-    assert "going on: 7 of 24 models are measured already" in said
+    assert "going on: 7 of 24 models are measured already\n" in said
     assert len(second) == 24 - 7
     assert not [point for point in second if point in first]
     at_once = tmp_path / "at_once"
@@ -371,6 +366,10 @@ def test_a_folder_of_another_check_is_refused(tmp_path, monkeypatch):
     checked(tmp_path, seeds=(0, 1, 2))
     with pytest.raises(ValueError, match=r"another configuration \(learning_rate 0.00390625 -> 0.0078125\)"):
         checked(tmp_path, seeds=(0, 1, 2), learning_rate=2.0**-7)
+    with (tmp_path / "out/coord_rows.jsonl").open("a") as file:
+        file.write('{"width": 64}\n')
+    with pytest.raises(ValueError, match=r"is damaged .*choose another --out"):
+        checked(tmp_path, seeds=(0, 1, 2))
     (tmp_path / "out/coord_config.json").unlink()
     with pytest.raises(ValueError, match=r"has coord_rows\.jsonl but no coord_config\.json"):
         checked(tmp_path, seeds=(0, 1, 2))

@@ -111,8 +111,11 @@ def _rows_so_far(out: pathlib.Path, config: Mapping[str, Any]) -> list[dict[str,
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            _point(row)
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
 
 
@@ -137,7 +140,9 @@ def _measure_missing(
     asked = {point for points in by_width.values() for point in points}
     done = asked & {_point(row) for row in known}
     if done:
-        console.print(f"going on: {len(done)} of {len(asked)} models are measured already")
+        versions = {row.get("code_version") for row in known if _point(row) in done}
+        other = ", some by another code version" if versions - {shared["code_version"]} else ""
+        console.print(f"going on: {len(done)} of {len(asked)} models are measured already{other}")
     for width, points in by_width.items():
         start = time.perf_counter()
         missing = [point for point in points if point not in done]
