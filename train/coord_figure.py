@@ -192,6 +192,7 @@ def _heading(
             1.045,
             f"{preset} {slope}" if named else slope,
             transform=panel.transAxes,
-            fontsize=9,
+            # Five at the size of four would touch.
+            fontsize=9 * min(1.0, 4 / len(presets)),
             color=looks[preset][0],
         )
