@@ -13,7 +13,7 @@ from rich.console import Console
 from train.config import ModelOptions, OptimizerOptions
 from train.coord_analysis import slope_of
 from train.coord_bounds import QUANTITIES, bound_for, update_sort
-from train.coord_report import analyse_coord, coord_table, write_coord_report
+from train.coord_report import analyse_coord, print_coord, write_coord_report
 from train.coord_run import CoordOptions, run_coord_check
 
 UPDATES = (
@@ -299,8 +299,9 @@ def test_figure_and_table_of_many_presets(tmp_path):
     analysis = write_coord_report(rows, tmp_path)
     assert (tmp_path / "coord.png").stat().st_size > 50_000
     text = io.StringIO()
-    Console(file=text, width=200).print(coord_table(analysis))
+    print_coord(analysis, Console(file=text, width=80))
     shown = text.getvalue()
+    assert "layers/mixer/conv_q/kernel" in shown, "no name is cut, however narrow the terminal"
     assert "must fail: yes" in shown
     assert "must fail: NO" not in shown
     assert "Coordinate check passed." in shown

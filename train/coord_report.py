@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +13,7 @@ from train.coord_analysis import Rows, analyse_coord
 from train.coord_bounds import KINDS, QUANTITIES
 from train.coord_figure import plot_coord
 
-__all__ = ["analyse_coord", "coord_table", "plot_coord", "write_coord_report"]
+__all__ = ["analyse_coord", "coord_table", "plot_coord", "print_coord", "write_coord_report"]
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "reported": "dim"}
 
@@ -52,6 +52,12 @@ def coord_table(analysis: Mapping[str, Any]) -> Group:
             table.add_row(kind, quantity, str(step), "—" if limit is None else f"{limit:.2f}", *cells_shown)
         parts.append(table)
     return Group(*parts, Text(analysis["verdict"]))
+
+
+def print_coord(analysis: Mapping[str, Any], console: Console) -> None:
+    """`coord_table`, a line a quantity: a narrow terminal, or a file, breaks lines, it does not cut names."""
+    presets = len({entry["preset"] for entry in analysis["entries"]})
+    Console(file=console.file, width=max(console.width, 60 + 24 * presets)).print(coord_table(analysis))
 
 
 def _cell(entry: Mapping[str, Any] | None, control_fails: bool | None) -> Text:

@@ -80,7 +80,7 @@ def run_coord_check(
         ValueError: anything wrong with options, corpus or folder; before any compilation.
     """
     from gdn_jax.mup.coord_check import Tokens
-    from train.coord_report import coord_table, write_coord_report
+    from train.coord_report import print_coord, write_coord_report
     from train.sweep import identity
 
     _refuse_unused(model, optimizer)
@@ -98,7 +98,7 @@ def run_coord_check(
         known = _rows_so_far(options.out, config)
         rows = _measure_missing(options, configs, optimizer, probe, shared, known, console)
         analysis = write_coord_report(rows, options.out)
-    console.print(coord_table(analysis))
+    print_coord(analysis, console)
     console.print(f"picture: {options.out / 'coord.png'}")
     return 0 if analysis["passed"] else 1
 
