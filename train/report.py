@@ -1,6 +1,7 @@
 """The report of a sweep: a pure function of its rows. How it judges is said in `report_analysis`."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from train.ledger import make_writable
-from train.report_analysis import NOT_ASYMPTOTIC, analyse_preset, curves, power_of_two, trusted_from
+from train.report_analysis import (
+    NOT_ASYMPTOTIC,
+    RESOLUTION,
+    analyse_preset,
+    curves,
+    power_of_two,
+    trusted_from,
+)
 from train.report_figure import amount, plot, signed, unsigned
 from train.report_rows import SAME, Rows, check_rows, read_rows
 from train.vary import LEARNING_RATE, VARIED, WORDS, abscissa, varied_names, with_all_values
@@ -141,6 +149,7 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int, swept: str) -> st
         moves = "transfers" if preset["transfers"] else "does not transfer"
         what = f"the optimum of {name} {moves}, moving {signed(drift)} octave per doubling of width"
         what += f" {interval}" if interval else ""
+        what += strays(preset)
     run = preset["regret_run"]
     if preset["regret_diverged"]:
         return f"{what}, and the base width's {swept} diverges at width {run['width']}"
@@ -156,6 +165,21 @@ def _judged(name: str, preset: Mapping[str, Any], widest: int, swept: str) -> st
         if drift is None or preset["drift_reason"] == "one width only"
         else f"{what} (regret at width {widest} unknown)"
     )
+
+
+def strays(preset: Mapping[str, Any]) -> str:
+    """The step that keeps an optimum from transferring, where its drift is too small to say so; else "".
+
+    `preset` is one of a report that has a drift: an optimum at every width.
+    """
+    places = {int(width): place for width, place in preset["optimum_log2_x"].items()}
+    base = preset["base_width"]
+    away = {width: place - places[base] for width, place in places.items()}
+    farthest = max(away, key=lambda width: abs(away[width]))
+    drifted = preset["drift_octaves_per_doubling"] * math.log2(max(places) / min(places))
+    if preset["transfers"] is not False or abs(drifted) > RESOLUTION or abs(away[farthest]) <= RESOLUTION:
+        return ""
+    return f" but by {signed(away[farthest])} from width {base} to {farthest}"
 
 
 def table(report: Mapping[str, Any]) -> Group:

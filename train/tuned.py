@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig
 from train.ledger import CONFIG_FILE, ROWS_FILE
-from train.report import analyse, read_rows
+from train.report import analyse, read_rows, strays
 from train.report_analysis import power_of_two, trusted_from
 from train.report_figure import amount, signed
 from train.vary import WEIGHT_DECAY, not_default
@@ -188,7 +188,7 @@ def _require_optimum(found: Mapping[str, Any], preset: str, width: int, folder: 
         stays = trusted_from(found)
         raise ValueError(
             f"{folder} shows that the optimum of {preset} does not transfer ({why}"
-            f"{'' if found['regret_diverged'] else ' per doubling of width'}); sweep the width itself"
+            f"{'' if found['regret_diverged'] else f' per doubling of width{strays(found)}'}); sweep the width itself"
             f"{f', or from width {stays} on, where it stays within half an octave' if stays else ''}."
         )
     for swept, reason in found["reason"].items():
