@@ -1,5 +1,6 @@
 """Sweeps over more than the learning rate: the rows, the ledger, and what the report makes of them."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -31,11 +32,14 @@ def _options(folder, **changes):
 def test_factors_act_on_their_roles_alone():
     program = Program(tiny.MODEL.gdn_config(16, 64), tiny.OPTIMIZER, 4)
     plain = program.hparams(0.01, "mup").rules
-    changed = program.hparams(0.01, "mup", embedding_lr=2.0, gate_lr=3.0, init_scale=5.0, o_norm_lr=7.0).rules
+    factors = {"embedding_lr": 2.0, "gate_lr": 3.0, "init_scale": 5.0, "o_norm_lr": 7.0, "readout_lr": 9.0}
+    changed = program.hparams(0.01, "mup", **factors).rules
     seen = set()
     for spec in mup.rules.spec_leaves(program.specs):
         before, after = plain.groups[spec.group], changed.groups[spec.group]
-        rate = {Role.EMBEDDING: 2, Role.GATE_MATRIX: 3, Role.GATE_SCALAR: 3}.get(spec.role, 1)
+        rate = {Role.EMBEDDING: 2, Role.GATE_MATRIX: 3, Role.GATE_SCALAR: 3, Role.READOUT: 9}.get(
+            spec.role, 1
+        )
         if spec.role is Role.NORM_GAIN and spec.out_axes == ("value_dim",):
             rate = 7
         scale = 5 if spec.role in (Role.MATRIX, Role.GATE_MATRIX) else 1
@@ -43,7 +47,16 @@ def test_factors_act_on_their_roles_alone():
         np.testing.assert_allclose(after.init_std, before.init_std * scale, rtol=1e-6)
         seen.add((spec.role, rate))
     gains = {(Role.NORM_GAIN, 1), (Role.NORM_GAIN, 7)}
-    assert seen >= gains | {(Role.EMBEDDING, 2), (Role.GATE_MATRIX, 3), (Role.GATE_SCALAR, 3), (Role.CONV, 1)}
+    gates = {(Role.GATE_MATRIX, 3), (Role.GATE_SCALAR, 3)}
+    assert seen >= gains | gates | {(Role.EMBEDDING, 2), (Role.READOUT, 9), (Role.CONV, 1)}
+
+
+def test_a_factor_on_a_readout_that_the_model_lacks_is_refused():
+    tied = dataclasses.replace(tiny.MODEL, tie_embedding=True)
+    program = Program(tied.gdn_config(16, 64), tiny.OPTIMIZER, 4)
+    assert program.hparams(0.01, "mup", readout_lr=1.0) == program.hparams(0.01, "mup")
+    with pytest.raises(ValueError, match="the embedding is the readout; vary embedding_lr"):
+        program.hparams(0.01, "mup", readout_lr=2.0)
 
 
 def test_a_sweep_over_four_hyperparameters_compiles_once_and_never_repeats_a_default(tmp_path, monkeypatch):
@@ -94,7 +107,8 @@ def test_a_rate_computed_in_another_way_is_the_same_point():
     [
         (
             "beta=1",
-            "--vary must be NAME=VALUES with a name of weight_decay, embedding_lr, gate_lr, init_scale, o_norm_lr",
+            "--vary must be NAME=VALUES with a name of weight_decay, embedding_lr, gate_lr, init_scale, "
+            "o_norm_lr, readout_lr",
         ),
         ("gate_lr", "--vary must be NAME=VALUES"),
         ("gate_lr=0", "--vary gate_lr must be positive"),
@@ -135,6 +149,11 @@ def test_one_learning_rate_is_no_abscissa(tmp_path):
     assert "the base width's gate LR factor costs" in report["verdict"]
     rows = list(_rows(tmp_path, learning_rates=("2^-9..2^-4",), vary=("gate_lr=2",)))
     assert "every run has gate_lr 2" in analyse(rows)["notes"]
+
+
+def test_settings_stand_in_the_order_of_their_numbers(tmp_path):
+    rows = list(_rows(tmp_path, learning_rates=("2^-9..2^-4",), vary=("gate_lr=16,4,0.5",)))
+    assert list(analyse(rows)["presets"]) == ["mup, gate_lr 0.5", "mup, gate_lr 4", "mup, gate_lr 16"]
 
 
 def test_each_decay_has_its_own_optimal_learning_rate(tmp_path):

@@ -92,14 +92,16 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Curve]]:
     rows = with_all_values(rows)
     against, varied = abscissa(rows), varied_names(rows)
     grouped: dict[str, dict[int, dict[float, dict[int, float | None]]]] = {}
-    for row in rows:
+    # Values in the order of numbers: 4 before 16.
+    named = ["preset", *(name for name in (*varied, LEARNING_RATE) if name != against)]
+    for row in sorted(rows, key=lambda row: [row[name] for name in named]):
         points = grouped.setdefault(series(row, against, varied), {}).setdefault(row["width"], {})
         points.setdefault(round(math.log2(row[against]), 9), {})[row["seed"]] = row["val_loss"]
     return {
         preset: {
             width: _curve(preset, width, points, WORDS[against]) for width, points in sorted(widths.items())
         }
-        for preset, widths in sorted(grouped.items())
+        for preset, widths in grouped.items()
     }
 
 

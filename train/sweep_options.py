@@ -33,8 +33,8 @@ class SweepOptions:
     """PRESET@WIDTH=RATES: another grid for a preset (* for all) at one width, ranges and commas allowed; the
     first that fits counts."""
     vary: tuple[str, ...] = ()
-    """NAME=VALUES of weight_decay, or of the factors embedding_lr, gate_lr, init_scale, o_norm_lr; each
-    with each is run."""
+    """NAME=VALUES of weight_decay, or of the factors embedding_lr, gate_lr, init_scale, o_norm_lr,
+    readout_lr; each with each is run."""
     points_per_device: int | None = None
     """Points that one device trains side by side; by default 1 on a CPU, as many as fit on a GPU, else 8."""
 

@@ -11,7 +11,7 @@ from typing import Any
 LEARNING_RATE = "learning_rate"
 WEIGHT_DECAY = "weight_decay"
 # Factors on the rule table's values; `gdn_jax.mup.adjusted` defines them.
-FACTORS = ("embedding_lr", "gate_lr", "init_scale", "o_norm_lr")
+FACTORS = ("embedding_lr", "gate_lr", "init_scale", "o_norm_lr", "readout_lr")
 VARIED: tuple[str, ...] = (WEIGHT_DECAY, *FACTORS)
 
 # As sentences call them.
@@ -22,6 +22,7 @@ WORDS = {
     "gate_lr": "gate LR factor",
     "init_scale": "init scale",
     "o_norm_lr": "o_norm LR factor",
+    "readout_lr": "readout LR factor",
 }
 
 type Varied = tuple[tuple[str, float], ...]

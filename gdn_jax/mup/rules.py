@@ -288,6 +288,7 @@ def adjusted(
     gate_lr: float = 1.0,
     init_scale: float = 1.0,
     o_norm_lr: float = 1.0,
+    readout_lr: float = 1.0,
 ) -> Rules:
     """The rules with some values multiplied, the same at every width: further hyperparameters that may transfer.
 
@@ -298,14 +299,22 @@ def adjusted(
         gate_lr: factor on the learning rates of gate matrices and gate scalars.
         init_scale: factor on the initial standard deviation of matrices, gate matrices included.
         o_norm_lr: factor on the learning rate of the gain of the mixer's output norm.
+        readout_lr: factor on the readout's learning rate.
+
+    Raises:
+        ValueError: a factor on the readout of a model that reads out with its embedding.
     """
     specs_of = {spec.group: spec for spec in spec_leaves(specs)}
+    if readout_lr != 1 and Role.READOUT not in {spec.role for spec in specs_of.values()}:
+        raise ValueError("readout_lr acts on nothing: the embedding is the readout; vary embedding_lr.")
     groups = {}
     for group, rule in rules.groups.items():
         role = specs_of[group].role
         rate = (embedding_lr if role in _EMBEDDINGS else 1.0) * (gate_lr if role in _GATES else 1.0)
         if role is Role.NORM_GAIN and specs_of[group].out_axes == (ax.VALUE_DIM,):
             rate *= o_norm_lr
+        if role is Role.READOUT:
+            rate *= readout_lr
         groups[group] = rule._replace(
             init_std=rule.init_std * (init_scale if role in _MATRICES else 1.0),
             lr_multiplier=rule.lr_multiplier * rate,
