@@ -55,7 +55,7 @@ def test_a_factor_on_a_readout_that_the_model_lacks_is_refused():
     tied = dataclasses.replace(tiny.MODEL, tie_embedding=True)
     program = Program(tied.gdn_config(16, 64), tiny.OPTIMIZER, 4)
     assert program.hparams(0.01, "mup", readout_lr=1.0) == program.hparams(0.01, "mup")
-    with pytest.raises(ValueError, match="the embedding is the readout; vary embedding_lr"):
+    with pytest.raises(ValueError, match="A tied one is the embedding: vary embedding_lr"):
         program.hparams(0.01, "mup", readout_lr=2.0)
 
 

@@ -302,11 +302,13 @@ def adjusted(
         readout_lr: factor on the readout's learning rate.
 
     Raises:
-        ValueError: a factor on the readout of a model that reads out with its embedding.
+        ValueError: a factor on the readout of a model that has none of its own.
     """
     specs_of = {spec.group: spec for spec in spec_leaves(specs)}
     if readout_lr != 1 and Role.READOUT not in {spec.role for spec in specs_of.values()}:
-        raise ValueError("readout_lr acts on nothing: the embedding is the readout; vary embedding_lr.")
+        raise ValueError(
+            "readout_lr: no parameter is a readout. A tied one is the embedding: vary embedding_lr."
+        )
     groups = {}
     for group, rule in rules.groups.items():
         role = specs_of[group].role
