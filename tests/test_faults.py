@@ -43,7 +43,7 @@ def test_killed_and_terminated_it_ends_with_the_same_bits(tmp_path, undisturbed)
 def test_damaged_it_goes_on_from_the_checkpoint_before(tmp_path):
     assert campaign_damage.damages(tmp_path, 5, seed=0, resumed=1)["damages"] == 5
     # What the manifests are for: a check that cannot fail would prove nothing.
-    assert campaign_damage.silent_without_manifests(tmp_path, 5, seed=0) > 0
+    assert campaign_damage.silent_without_manifests(tmp_path, 100, seed=0)
 
 
 @pytest.mark.slow
