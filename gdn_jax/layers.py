@@ -141,8 +141,8 @@ def keep_layout(x: Float[Array, "B T heads dim"]) -> Float[Array, "B T heads dim
 class RMSNorm(nnx.Module):
     """``x / rms(x) * gain`` over one trailing axis, computed in float32."""
 
-    def __init__(self, make: ParamMaker, axis: str, eps: float) -> None:
-        self.gain = make(jax.nn.initializers.ones, (axis,), out_axes=(axis,), role=Role.NORM_GAIN)
+    def __init__(self, make: ParamMaker, axis: str, eps: float, role: Role = Role.NORM_GAIN) -> None:
+        self.gain = make(jax.nn.initializers.ones, (axis,), out_axes=(axis,), role=role)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:

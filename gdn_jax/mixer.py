@@ -70,7 +70,7 @@ class GatedDeltaNet(nnx.Module):
         self.conv_q = ShortConv(make, key_axes)
         self.conv_k = ShortConv(make, key_axes)
         self.conv_v = ShortConv(make, value_axes)
-        self.o_norm = RMSNorm(make, ax.VALUE_DIM, config.norm_eps)
+        self.o_norm = RMSNorm(make, ax.VALUE_DIM, config.norm_eps, Role.HEAD_GAIN)
         self.o = Projection(make, value_axes, (ax.EMBED,))
 
     def __call__(

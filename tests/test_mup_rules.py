@@ -57,11 +57,11 @@ BY_HAND = {
     },
     "head_dim": _SHARED
     | {
-        "layers/mixer/a/kernel": (1 / 16, 1 / 2, 1 / 4),
-        "layers/mixer/b/kernel": (1 / 16, 1 / 2, 1 / 4),
-        "layers/mixer/A_log": (None, 2.0, 1.0),
-        "layers/mixer/dt_bias": (None, 2.0, 1.0),
-        "layers/mixer/o_norm/gain": (None, 4.0, 1.0),
+        "layers/mixer/a/kernel": (1 / 32, 1 / 2, 1 / 4),
+        "layers/mixer/b/kernel": (1 / 32, 1 / 2, 1 / 4),
+        "layers/mixer/A_log": (None, 1.0, 1.0),
+        "layers/mixer/dt_bias": (None, 1.0, 1.0),
+        "layers/mixer/o_norm/gain": (None, 1.0, 1.0),
     },
 }
 _DECAYED = {name for name, row in _SHARED.items() if name.endswith("kernel") and "conv" not in name and row}
@@ -135,20 +135,31 @@ def _rules(preset, optimizer, regime="head_dim", width=256):
 def test_presets_differ_where_they_should():
     mup_rows, standard = _rules("mup", "sgd"), _rules("mup_standard", "sgd")
     differing = {name for name in mup_rows if mup_rows[name] != standard[name]}
-    gates = {f"layers/mixer/{name}" for name in ("a/kernel", "b/kernel", "A_log", "dt_bias")}
-    assert differing == gates
+    assert differing == {"layers/mixer/a/kernel", "layers/mixer/b/kernel"}
+    gates = differing | {"layers/mixer/A_log", "layers/mixer/dt_bias"}
     assert all(standard[name]["lr_multiplier"] == 1.0 for name in gates)
+    of_heads = _rules("mup", "sgd", "heads"), _rules("mup_standard", "sgd", "heads")
+    assert {name for name in gates if of_heads[0][name] != of_heads[1][name]} == gates - differing
     assert _rules("mup", "adamw") == _rules("mup_standard", "adamw")
 
     sp = _rules("sp", "adamw")
     assert all(row["lr_multiplier"] == 1.0 for row in sp.values())
-    assert {name: row["init_std"] for name, row in sp.items()} == {
-        name: row["init_std"] for name, row in mup_rows.items()
+    stds = {name: row["init_std"] for name, row in mup_rows.items()}
+    assert {name: row["init_std"] for name, row in sp.items()} == stds | {
+        "layers/mixer/a/kernel": 1 / 16,
+        "layers/mixer/b/kernel": 1 / 16,
     }
     embedding = _rules("sp_embedding", "adamw")
     assert embedding["embedding"]["lr_multiplier"] == 4.0
     assert {name for name in sp if sp[name] != embedding[name]} == {"embedding"}
     assert {row["init_std"] for row in _rules("sp_constant", "adamw").values()} == {0.02, None}
+
+
+def test_gate_matrices_start_as_matrices_where_the_heads_grow_with_the_width():
+    for heads, std in ((2, 1 / 32), (4, 1 / 16 / 2**0.5), (8, 1 / 16), (16, 1 / 16)):
+        config = dataclasses.replace(BASE.widen(256, "heads"), num_value_heads=heads, num_key_heads=2)
+        rows = {row["parameter"]: row for row in rule_rows(config, "mup", "adamw")}
+        assert rows["layers/mixer/b/kernel"]["init_std"] == pytest.approx(std), heads
 
 
 def test_paper_code():

@@ -1,6 +1,7 @@
 """`gdn train --tuned-by`: what it takes from a sweep, what it prints, and what it refuses before any compilation."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -13,10 +14,11 @@ import tiny
 from train import train_run
 from train.__main__ import main
 from train.data import prepare
+from train.ledger import check_identity
 from train.report import analyse, read_rows
 from train.step import Program
 from train.sweep import identity
-from train.tuned import CHANGES, differences, read_tuning
+from train.tuned import CHANGES, differences, read_tuning, require_accepted
 
 STEPS = 3
 GRID = [2.0 ** (-9 + 0.5 * i) for i in range(13)]
@@ -219,6 +221,29 @@ def test_the_committed_sweep_tunes_mup_and_not_sp():
     assert tuning.interval[0] < tuning.log2_lr < tuning.interval[1]
     with pytest.raises(ValueError, match="shows that the optimum of sp does not transfer"):
         read_tuning(committed, "sp", 1024)
+
+
+def test_a_sweep_of_growing_head_dims_with_another_rule_table_is_not_mixed_with_this_one(folder, tmp_path):
+    data_config = tiny.data_config(folder)
+    now = {
+        regime: identity(
+            dataclasses.replace(tiny.MODEL, regime=regime), tiny.OPTIMIZER, data_config, None, STEPS
+        )
+        for regime in ("heads", "head_dim")
+    }
+    # Where head counts grow the rules did not change, and older ledgers go on.
+    assert "rules" not in now["heads"]
+    before = {key: value for key, value in now["head_dim"].items() if key != "rules"}
+    (tmp_path / "sweep.json").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="rules None -> 2"):
+        check_identity(tmp_path, "sweep.json", now["head_dim"])
+    for config in (before, now["head_dim"]):
+        config["data"]["fingerprint"] = "f"
+    changed = differences(before, now["head_dim"])
+    assert changed == {"rules": "version 1 -> 2 of the rule table where head dims grow"}
+    with pytest.raises(ValueError, match="--accept-change rules"):
+        require_accepted(changed, (), folder)
+    assert differences(now["head_dim"], now["head_dim"]) == {}
 
 
 def test_every_field_of_a_sweep_is_compared_or_left_out_on_purpose(folder):

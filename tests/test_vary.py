@@ -37,16 +37,18 @@ def test_factors_act_on_their_roles_alone():
     seen = set()
     for spec in mup.rules.spec_leaves(program.specs):
         before, after = plain.groups[spec.group], changed.groups[spec.group]
-        rate = {Role.EMBEDDING: 2, Role.GATE_MATRIX: 3, Role.GATE_SCALAR: 3, Role.READOUT: 9}.get(
-            spec.role, 1
-        )
-        if spec.role is Role.NORM_GAIN and spec.out_axes == ("value_dim",):
-            rate = 7
+        rate = {
+            Role.EMBEDDING: 2,
+            Role.GATE_MATRIX: 3,
+            Role.GATE_SCALAR: 3,
+            Role.READOUT: 9,
+            Role.HEAD_GAIN: 7,
+        }.get(spec.role, 1)
         scale = 5 if spec.role in (Role.MATRIX, Role.GATE_MATRIX) else 1
         np.testing.assert_allclose(after.lr_multiplier, before.lr_multiplier * rate, rtol=1e-6)
         np.testing.assert_allclose(after.init_std, before.init_std * scale, rtol=1e-6)
         seen.add((spec.role, rate))
-    gains = {(Role.NORM_GAIN, 1), (Role.NORM_GAIN, 7)}
+    gains = {(Role.NORM_GAIN, 1), (Role.HEAD_GAIN, 7)}
     gates = {(Role.GATE_MATRIX, 3), (Role.GATE_SCALAR, 3)}
     assert seen >= gains | gates | {(Role.EMBEDDING, 2), (Role.READOUT, 9), (Role.CONV, 1)}
 

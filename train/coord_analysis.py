@@ -87,6 +87,7 @@ def _entry(key: tuple[Any, ...], rows: Rows) -> dict[str, Any]:
     widths = sorted({row["width"] for row in rows})
     entry |= {
         "bound": bound.limit,
+        "expected": bound.expected,
         "source": bound.source,
         "widths": widths,
         "seeds": len({row["seed"] for row in rows}),
@@ -117,7 +118,7 @@ def _entry(key: tuple[Any, ...], rows: Rows) -> dict[str, Any]:
         shown = "unknown" if error is None else f"{error:.3f}"
         return entry | {"verdict": "inconclusive", "remark": f"standard error {shown} > {MAX_STANDARD_ERROR}"}
     assert bound.limit is not None
-    return entry | {"verdict": "pass" if abs(slope) <= bound.limit else "fail"}
+    return entry | {"verdict": "pass" if abs(slope - bound.expected) <= bound.limit else "fail"}
 
 
 def _list(values: Iterable[object]) -> str:
@@ -194,8 +195,7 @@ def _controls(entries: Sequence[Mapping[str, Any]], optimizer: str, regime: str)
                 e
                 for e in candidates
                 if e["step"] == last
-                and quantity
-                in (e["quantity"], update_sort(e["quantity"], regime) if e["kind"] == "update" else None)
+                and quantity in (e["quantity"], update_sort(e["quantity"]) if e["kind"] == "update" else None)
             ]
             common = {
                 "preset": control.preset,

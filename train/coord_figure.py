@@ -102,8 +102,9 @@ def _block(
         }
         mup = entries.get("mup")
         if mup and mup["bound"] is not None and mup["verdict"] != "reported":
-            rise = mup["bound"] * np.log2(np.array(widths) / widths[0])
-            panel.fill_between(widths, -rise, rise, color="#dcdcdc", lw=0, zorder=0.8)
+            octaves = np.log2(np.array(widths) / widths[0])
+            low, high = (mup["expected"] + sign * mup["bound"] for sign in (-1, 1))
+            panel.fill_between(widths, low * octaves, high * octaves, color="#dcdcdc", lw=0, zorder=0.8)
         for preset in presets:
             own = [
                 row

@@ -48,8 +48,7 @@ def coord_table(analysis: Mapping[str, Any]) -> Group:
             ):
                 continue
             cells_shown = [_cell(entries.get(preset), controls.get((preset, *key))) for preset in presets]
-            limit = next(iter(entries.values()))["bound"]
-            table.add_row(kind, quantity, str(step), "—" if limit is None else f"{limit:.2f}", *cells_shown)
+            table.add_row(kind, quantity, str(step), _bound(next(iter(entries.values()))), *cells_shown)
         parts.append(table)
     return Group(*parts, Text(analysis["verdict"]))
 
@@ -58,6 +57,14 @@ def print_coord(analysis: Mapping[str, Any], console: Console) -> None:
     """`coord_table`, a line a quantity: a narrow terminal, or a file, breaks lines, it does not cut names."""
     presets = len({entry["preset"] for entry in analysis["entries"]})
     Console(file=console.file, width=max(console.width, 60 + 24 * presets)).print(coord_table(analysis))
+
+
+def _bound(entry: Mapping[str, Any]) -> str:
+    if entry["bound"] is None:
+        return "—"
+    return (
+        f"{entry['expected']:+.2f} ± {entry['bound']:.2f}" if entry["expected"] else f"{entry['bound']:.2f}"
+    )
 
 
 def _cell(entry: Mapping[str, Any] | None, control_fails: bool | None) -> Text:

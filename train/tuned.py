@@ -30,6 +30,7 @@ type ChangeName = Literal[
     "decay",
     "optimizer",
     "corpus",
+    "rules",
 ]
 CHANGES: tuple[str, ...] = get_args(ChangeName.__value__)
 
@@ -232,6 +233,9 @@ def differences(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         before, after = config["data"]["fingerprint"], now["data"].get("fingerprint")
         if after is not None and before != after:
             changed["corpus"] = f"{before[:12]} -> {after[:12]}"
+    before, after = config.get("rules", 1), now.get("rules", 1)
+    if before != after:
+        changed["rules"] = f"version {before} -> {after} of the rule table where head dims grow"
     fixed = [
         f"{field} {value} -> {now['model'].get(field)}"
         for field, value in ({"base_layers": None} | config["model"]).items()

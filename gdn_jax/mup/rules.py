@@ -19,7 +19,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 from gdn_jax.mup import axes as ax
-from gdn_jax.mup.spec import ParamSpec, Role
+from gdn_jax.mup.spec import RANDOM_ROLES, ParamSpec, Role
+
+# Of the table, where head dims grow: what was measured with another one is not to be mixed with this one's. 2: the
+# initial standard deviation of gate matrices, and under SGD the rates of gate scalars and o_norm's gain. Where head
+# counts grow nothing changed.
+HEAD_DIM_VERSION = 2
 
 type Preset = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
 type OptimizerName = Literal["adamw", "sgd", "muon"]
@@ -93,6 +98,13 @@ def _fan_in_std(d: _Dims) -> float:
     return d.fan_in**-0.5
 
 
+def _gate_std(d: _Dims) -> float:
+    # As a matrix where the heads grow with the width. Where their number stays a gate matrix is a readout: what it
+    # sends back moves x along its few rows, and with rows of norm 1 W x change of x would grow as sqrt(n)
+    # (arXiv:2310.17813; docs/derivation.md).
+    return d.fan_in**-0.5 * min(1.0, (d.r_out / d.r_in) ** 0.5)
+
+
 def _muon_rate(d: _Dims) -> float:
     # The update is orthogonal, times sqrt(max(fan_in, fan_out)) for its RMS (`optim.muon`). To move a vector of
     # entries Theta(1) by as much, its spectral norm must grow as sqrt(fan_out / fan_in).
@@ -104,18 +116,22 @@ def _constant(value: float) -> _Factor:
     return lambda _: value
 
 
-# Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gates from
-# arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
+# Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gate matrices
+# from arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
 _MUP: dict[Role, _Row] = {
     Role.MATRIX: _Row(
         _fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True, muon=_muon_rate
     ),
-    Role.GATE_MATRIX: _Row(
-        _fan_in_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in
-    ),
-    Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out * d.r_value_dim**0.5, _one),
+    Role.GATE_MATRIX: _Row(_gate_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
+    # Not the theorem's sqrt(r_v) under SGD: a scalar's gradient is summed over all tokens, with no input that tells
+    # them apart, and what they share does not fall with the head dim (docs/derivation.md).
+    Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out, _one),
     Role.CONV: _Row(_fan_in_std, lambda d: d.r_out, _one),
     Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
+    # Under SGD not r_v, though a channel's gradient is Theta(1/d_v) when all have equal shares: training gathers a
+    # head's output in few channels, whose gradient is not, and with r_v the largest rate that trains falls with the
+    # width (docs/results, sgd-warmup). A gain that learns slower costs little: what it would learn W_o can.
+    Role.HEAD_GAIN: _Row(_one, _one, _one),
     Role.EMBEDDING: _Row(_one, lambda d: d.r_out, _one),
     # 0.02: a tied embedding is the readout as well, and rows of unit variance would start
     # at a loss of hundreds of nats.
@@ -131,6 +147,7 @@ _MUP_STANDARD = _MUP | {
 
 # Standard parametrization with the same base as mup, so that the two coincide there.
 _SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one, muon=_one) for role, row in _MUP.items()}
+_SP[Role.GATE_MATRIX] = dataclasses.replace(_SP[Role.GATE_MATRIX], init_std=_fan_in_std)
 
 # Ablation: embedding learning rate alone (arXiv:2605.21486 says it explains most of muP's gain).
 _SP_EMBEDDING = _SP | {
@@ -141,9 +158,7 @@ _SP_EMBEDDING = _SP | {
 
 # The paper's baseline: standard deviation 0.02 for everything drawn at random, one learning rate.
 _SP_CONSTANT = {
-    role: dataclasses.replace(
-        row, init_std=row.init_std if role in (Role.NORM_GAIN, Role.GATE_SCALAR) else _constant(0.02)
-    )
+    role: dataclasses.replace(row, init_std=row.init_std if role not in RANDOM_ROLES else _constant(0.02))
     for role, row in _SP.items()
 }
 
@@ -169,6 +184,7 @@ def _paper_code(optimizer: str) -> dict[Role, _Row]:
         Role.GATE_SCALAR: _Row(_one, lambda d: d.r**0.5, _one),
         Role.CONV: _Row(conv_std, _one, shrink, decay=True),
         Role.NORM_GAIN: _Row(_one, _one, shrink),
+        Role.HEAD_GAIN: _Row(_one, _one, shrink),
         Role.EMBEDDING: embedding,
         Role.TIED_EMBEDDING: embedding,
         Role.READOUT: embedding,
@@ -313,7 +329,7 @@ def adjusted(
     for group, rule in rules.groups.items():
         role = specs_of[group].role
         rate = (embedding_lr if role in _EMBEDDINGS else 1.0) * (gate_lr if role in _GATES else 1.0)
-        if role is Role.NORM_GAIN and specs_of[group].out_axes == (ax.VALUE_DIM,):
+        if role is Role.HEAD_GAIN:
             rate *= o_norm_lr
         if role is Role.READOUT:
             rate *= readout_lr

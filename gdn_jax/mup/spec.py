@@ -13,6 +13,8 @@ class Role(enum.StrEnum):
     GATE_SCALAR = "gate_scalar"
     CONV = "conv"
     NORM_GAIN = "norm_gain"
+    # A gain that all heads share.
+    HEAD_GAIN = "head_gain"
     EMBEDDING = "embedding"
     TIED_EMBEDDING = "tied_embedding"
     READOUT = "readout"
