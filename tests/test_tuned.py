@@ -240,7 +240,9 @@ def test_a_sweep_of_growing_head_dims_with_another_rule_table_is_not_mixed_with_
     for config in (before, now["head_dim"]):
         config["data"]["fingerprint"] = "f"
     changed = differences(before, now["head_dim"])
-    assert changed == {"rules": "version 1 -> 2 of the rule table where head dims grow"}
+    assert changed == {
+        "rules": "version 1 -> 2 of the rule table where head dims grow, which only a new sweep has"
+    }
     with pytest.raises(ValueError, match="--accept-change rules"):
         require_accepted(changed, (), folder)
     assert differences(now["head_dim"], now["head_dim"]) == {}

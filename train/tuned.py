@@ -235,7 +235,9 @@ def differences(config: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
             changed["corpus"] = f"{before[:12]} -> {after[:12]}"
     before, after = config.get("rules", 1), now.get("rules", 1)
     if before != after:
-        changed["rules"] = f"version {before} -> {after} of the rule table where head dims grow"
+        changed["rules"] = (
+            f"version {before} -> {after} of the rule table where head dims grow, which only a new sweep has"
+        )
     fixed = [
         f"{field} {value} -> {now['model'].get(field)}"
         for field, value in ({"base_layers": None} | config["model"]).items()
