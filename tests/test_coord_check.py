@@ -153,7 +153,7 @@ def _coord_check(folder, *words):
 # Heads that grow from width 64; head dims that grow, with enough heads for the gates' statistics, from 128.
 CHECKS = {
     "heads": "",
-    "head_dim": "--model.key-dim 32 --model.value-dim 32 --model.value-heads 8 --widths 128 256 512 1024 "
+    "head_dim": "--model.key-dim 32 --model.value-dim 32 --model.value-heads 8 --widths 128 256 512 1024 2048 "
     "--data.sequence-length 64 --seeds 0 1 2 3 4 5",
 }
 
