@@ -157,7 +157,9 @@ def test_what_a_rule_lets_fade_must_fade_as_it_says(kind, quantity, slope):
     )
     assert analysis["passed"] is False
     assert {name.split(" ")[0] for name in analysis["checks"][0]["mup_failed"]} == {quantity}
-    # Where head counts grow it must not fade.
+
+
+def test_where_head_counts_grow_gates_must_not_fade():
     fading = analyse_coord(measured(planted={("mup", "absolute", "gate_b"): -0.5}))
     assert {name.split(" ")[0] for name in fading["checks"][0]["mup_failed"]} == {"gate_b"}
 

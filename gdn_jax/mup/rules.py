@@ -124,13 +124,13 @@ _MUP: dict[Role, _Row] = {
     ),
     Role.GATE_MATRIX: _Row(_gate_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
     # Not the theorem's sqrt(r_v) under SGD: a scalar's gradient is summed over all tokens, with no input that tells
-    # them apart, and what they share does not fall with the head dim (docs/derivation.md).
+    # them apart, and but for small batches of narrow models the sum was measured to fall less (docs/derivation.md).
     Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out, _one),
     Role.CONV: _Row(_fan_in_std, lambda d: d.r_out, _one),
     Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
-    # Under SGD not r_v, though a channel's gradient is Theta(1/d_v) when all have equal shares: training gathers a
-    # head's output in few channels, whose gradient is not, and with r_v the largest rate that trains falls with the
-    # width (docs/results, sgd-warmup). A gain that learns slower costs little: what it would learn W_o can.
+    # Under SGD not r_v, though a channel's gradient is Theta(1/d_v) when all have equal shares: with r_v the largest
+    # rate that trains falls with the width (docs/results, sgd-head-dim), perhaps since training gathers a head's
+    # output in few channels. A gain that learns slower costs little: what it would learn W_o can.
     Role.HEAD_GAIN: _Row(_one, _one, _one),
     Role.EMBEDDING: _Row(_one, lambda d: d.r_out, _one),
     # 0.02: a tied embedding is the readout as well, and rows of unit variance would start
