@@ -23,6 +23,7 @@ UPDATES = (
     "layers/mixer/o_norm/gain",
     "layers/mixer/conv_q/kernel",
     "layers/mixer/q/kernel",
+    "layers/mixer/b/kernel",
     "layers/mixer/A_log",
 )
 WIDTHS = (64, 128, 256, 512)
@@ -34,12 +35,13 @@ def true_slope(preset, optimizer, regime, kind, quantity):
         return -0.5
     if regime == "head_dim" and optimizer == "sgd" and quantity == "layers/mixer/o_norm/gain":
         return -1.0
-    if (preset, optimizer, kind) == ("sp", "adamw", "change"):
+    if (preset, kind) == ("sp", "change") and (optimizer == "adamw" or regime == "head_dim"):
         return 0.8
-    if (preset, optimizer, kind) == ("sp", "sgd", "update") and ("gain" in quantity or "conv" in quantity):
+    frozen = "gain" in quantity or "conv" in quantity
+    if frozen and (preset, optimizer, regime, kind) == ("sp", "sgd", "heads", "update"):
         return -1.0
-    if (preset, optimizer, kind, quantity) == ("mup_standard", "sgd", "change", "gate_b"):
-        return 0.4
+    if (preset, optimizer, quantity) == ("mup_standard", "sgd", "layers/mixer/b/kernel"):
+        return 0.5
     return -1.0 if kind == "gradient" else 0.0
 
 
@@ -189,8 +191,8 @@ def test_log_decay_is_judged_with_16_heads():
     [
         ("adamw", "heads", ("sp", "change", "gate_b")),
         ("sgd", "heads", ("sp", "update", "layers/mixer/conv_q/kernel")),
-        ("sgd", "head_dim", ("sp", "update", "layers/mixer_norm/gain")),
-        ("sgd", "head_dim", ("mup_standard", "change", "gate_b")),
+        ("sgd", "head_dim", ("sp", "change", "residual")),
+        ("sgd", "head_dim", ("mup_standard", "update", "layers/mixer/b/kernel")),
     ],
 )
 def test_a_control_that_passes_spoils_the_check(optimizer, regime, planted):

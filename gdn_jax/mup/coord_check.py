@@ -8,7 +8,7 @@ appendix D; arXiv:2606.04048, section 5.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,7 @@ def measure(
     probe: Tokens,
     at_steps: Sequence[int] = (0, 2, 10),
     momentum: float = 0.98,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains one width without clip or decay and measures it.
 
@@ -63,6 +64,7 @@ def measure(
         probe: the fixed batch on which everything is measured.
         at_steps: when to measure.
         momentum: of SGD.
+        compiler_options: of XLA, as ``jax.jit`` takes them; no product is run often enough to be worth autotuning.
 
     Returns:
         Rows ``{preset, optimizer, width, seed, step, kind, quantity, size}``. Blocks are averaged.
@@ -74,7 +76,7 @@ def measure(
         raise ValueError(f"batches must be one per step, {max(at_steps)}; got {len(batches)}.")
     if config.compute_dtype != "float32" or config.tie_embedding:
         raise ValueError("config must be float32 with an untied embedding; use those for the check.")
-    check = _check_of(config, optimizer, momentum)
+    check = _check_of(config, optimizer, momentum, tuple(sorted((compiler_options or {}).items())))
     rules = jax.tree.map(
         np.float32,
         mup.resolve_rules(
@@ -122,11 +124,14 @@ class _Check(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
+def _check_of(
+    config: GDNConfig, optimizer: str, momentum: float, compiler_options: tuple[tuple[str, Any], ...] = ()
+) -> _Check:
     """The jitted functions of one width; they serve every preset and seed."""
     abstract = nnx.eval_shape(lambda: GDNLanguageModel(config, rngs=jax.random.key(0)))
     graphdef = nnx.graphdef(abstract)
     specs = param_specs(abstract)
+    jit = functools.partial(jax.jit, compiler_options=dict(compiler_options))
 
     def transform(rate: Any, rules: mup.Rules) -> optax.GradientTransformation:
         if optimizer == "adamw":
@@ -149,7 +154,7 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         mask = jnp.asarray(batch.loss_mask, jnp.float32)
         return jnp.sum(losses * mask) / jnp.sum(mask)
 
-    @jax.jit
+    @jit
     def init(seed: jax.Array, rules: mup.Rules, rate: jax.Array) -> tuple[Any, Any]:
         model = GDNLanguageModel(config, rngs=jax.random.key(seed), rules=rules)
         # The base's quantiles, repeated: sampling noise of few heads, or a finer grid, looks like a slope in width.
@@ -162,7 +167,7 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         return params, transform(rate, rules).init(params)
 
     # Given away: at width 4,096 each of them is gigabytes.
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jit, donate_argnums=(0, 1))
     def step(
         params: Any, opt_state: Any, rules: mup.Rules, rate: jax.Array, batch: Tokens
     ) -> tuple[Any, Any]:
@@ -172,7 +177,7 @@ def _check_of(config: GDNConfig, optimizer: str, momentum: float) -> _Check:
         updates, opt_state = transform(rate, rules).update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    @jax.jit
+    @jit
     def sizes(start: Any, params: Any, rules: mup.Rules, probe: Tokens) -> dict[str, dict[str, jax.Array]]:
         def forward(params: Any, added: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
             return model_of(params, rules).with_intermediates(probe.tokens, probe.segment_ids, added)
