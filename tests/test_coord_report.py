@@ -12,6 +12,7 @@ from rich.console import Console
 
 from train.config import ModelOptions, OptimizerOptions
 from train.coord_bounds import QUANTITIES
+from train.coord_figure import _labelled
 from train.coord_report import analyse_coord, print_coord, write_coord_report
 from train.coord_run import CoordOptions, run_coord_check
 
@@ -184,6 +185,14 @@ def test_log_decay_is_judged_with_16_heads():
     for heads, verdict in ((8, "reported"), (16, "fail")):
         rows = [row | {"value_heads": heads * row["width"] // 64} for row in measured(planted=planted)]
         assert entry(analyse_coord(rows), "mup", "change", "log_decay")["verdict"] == verdict
+    # Where head dims grow it fades with W_a x, in no straight line.
+    rows = [row | {"value_heads": 16} for row in measured(regime="head_dim", planted=planted)]
+    assert entry(analyse_coord(rows), "mup", "change", "log_decay")["verdict"] == "reported"
+
+
+def test_labels_of_widths_keep_apart():
+    assert _labelled([256, 512, 768, 1024, 2048, 4096]) == {256, 512, 1024, 2048, 4096}
+    assert _labelled([64, 128, 256, 512]) == {64, 128, 256, 512}
 
 
 @pytest.mark.parametrize(

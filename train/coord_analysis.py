@@ -83,7 +83,7 @@ def _entry(key: tuple[Any, ...], rows: Rows) -> dict[str, Any]:
     bound = bound_for(entry["kind"], entry["quantity"], entry["optimizer"], entry["regime"], entry["step"])
     judged = bound.judged
     if entry["quantity"] == "log_decay":
-        judged = min(row.get("value_heads", 0) for row in rows) >= MIN_HEADS_FOR_LOG_DECAY
+        judged &= min(row.get("value_heads", 0) for row in rows) >= MIN_HEADS_FOR_LOG_DECAY
     widths = sorted({row["width"] for row in rows})
     entry |= {
         "bound": bound.limit,
@@ -130,7 +130,7 @@ def analyse_coord(rows: Rows) -> dict[str, Any]:
 
     Args:
         rows: dicts of preset, optimizer, regime (`heads`, `head_dim`), width, seed, step, kind, quantity and
-            size (> 0); `value_heads` where log_decay is to be judged (it takes 16 at every width).
+            size (> 0); `value_heads` where log_decay is to be judged (where head counts grow, from 16 on).
 
     Returns:
         `entries` (one per preset, optimizer, regime, kind, quantity and step, with slope, standard error,

@@ -95,6 +95,10 @@ _OUTPUT = "q and k align as head dims grow; the norm behind takes the size away"
 # (docs/derivation.md, "What was mended").
 _GATES_FADE = "arXiv:2310.17813: what a gate matrix starts with fades as n^(-1/2), what it learns stays"
 _GAIN_FREEZES = "a rate that does not grow times a gradient of Theta(1/n)"
+# -0.3 over the first doublings and 0 over the last (16 heads, widths 256 to 2,048): no line fits, however many seeds.
+_LOG_DECAY_FADES = (
+    "falls with W_a x until A_log and dt_bias alone are left; these three, which it is made of, are judged"
+)
 _GATES = _of("gate_a", "gate_b", "beta")
 
 BOUNDS = (
@@ -104,6 +108,8 @@ BOUNDS = (
     Bound("change", 0.35, _LOGITS, _of("logits"), judged=False),
     Bound("absolute", None, _OUTPUT, _of("o"), regime="head_dim", judged=False),
     Bound("change", None, _OUTPUT, _of("o"), regime="head_dim", judged=False),
+    Bound("absolute", None, _LOG_DECAY_FADES, _of("log_decay"), regime="head_dim", judged=False),
+    Bound("change", None, _LOG_DECAY_FADES, _of("log_decay"), regime="head_dim", judged=False),
     Bound(
         "absolute", 0.35, _GATES_FADE, _of("gate_a", "gate_b"), regime="head_dim", from_step=1, expected=-0.25
     ),

@@ -75,6 +75,15 @@ def _usable(size: Any) -> bool:
     return size is not None and math.isfinite(size) and size > 0
 
 
+def _labelled(widths: Sequence[int]) -> set[int]:
+    """Of the ticks of an axis those whose labels do not run into each other."""
+    kept = [widths[-1]]
+    for width in widths[-2::-1]:
+        if math.log2(kept[-1] / width) >= math.log2(widths[-1] / widths[0]) / 8:
+            kept.append(width)
+    return set(kept)
+
+
 def _block(
     part: Any,
     grid: Any,
@@ -88,6 +97,7 @@ def _block(
     presets = sorted({row["preset"] for row in rows})
     looks = _looks(presets)
     widths = sorted({row["width"] for row in rows}) or [1, 2]
+    labelled = _labelled(widths)
     reach = 1.0
     for index, panel in enumerate(grid.flat):
         if index >= len(panels):
@@ -116,7 +126,7 @@ def _block(
         _heading(panel, _title(kind, quantity), presets, entries, looks)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_locator(FixedLocator(widths))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x in labelled else ""))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.tick_params(length=2.5, labelsize=8.5)
         if index + _COLUMNS >= len(panels):
