@@ -136,7 +136,7 @@ BOUNDS = (
     Bound("change", 0.35, _SILU, _of("q", "k", "state"), "sgd", "heads", 10),
     Bound("change", 0.20, _STABLE, None, "sgd", "heads"),
     Bound("change", 0.45, _SILU, _of("q", "k", "state"), "sgd", "head_dim"),
-    # The tighter of the two above; with 2,048 tokens a batch some are over it at step 2, by up to 0.04 (docs/results).
+    # The tighter of the two above; with 2,048 tokens a batch some are over it, by 0.01 to 0.09 (docs/results).
     Bound("change", 0.25, f"tighter limit of the named quantities, {_TOY}", None, "sgd", "head_dim"),
     Bound("update", 0.45, f"{_SILU}; {_UPDATE}", None, "sgd", "head_dim"),
     Bound("update", 0.25, _UPDATE),
@@ -203,8 +203,8 @@ CONTROLS = (
         0.4,
         "a readout without 1/n lets the gradient of all else grow with the width",
         "head_dim",
-        # Measured +0.7 to +1.4 there (docs/results). By step 10 the widest models have blown up, and what conv kernels
-        # and gains do scatters from -1.1 to +0.3, known to no better than 0.13 even with 12 seeds.
+        # Measured +0.7 to +1.4 in four checks (docs/results). By step 10 the widest models of three have blown up, and
+        # what conv kernels and gains do scatters from -1.1 to +0.3, known to no better than 0.14, with 12 seeds as well.
         step=2,
     ),
     Control(
