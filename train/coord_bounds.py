@@ -204,7 +204,7 @@ CONTROLS = (
         "a readout without 1/n lets the gradient of all else grow with the width",
         "head_dim",
         # Measured +0.7 to +1.4 in four checks (docs/results). By step 10 the widest models of three have blown up, and
-        # what conv kernels and gains do scatters from -1.1 to +0.3, known to no better than 0.14, with 12 seeds as well.
+        # what conv kernels and gains do scatters from -1.1 to +0.3, known to no better than 0.14.
         step=2,
     ),
     Control(
