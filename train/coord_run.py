@@ -132,10 +132,10 @@ def _measure_missing(
     import jax
 
     from gdn_jax.mup.coord_check import measure
-    from train.step import QUICK_ON_GPU
+    from train.step import quick_options
 
     # With autotuning an H200 measured no width in 340 s where it takes 30 s without.
-    quick = QUICK_ON_GPU if jax.default_backend() == "gpu" else {}
+    quick = quick_options(jax.default_backend())
     gates_differ = optimizer.name == "sgd" and shared["regime"] == "head_dim"
     presets = options.presets or ("mup", "sp", *(("mup_standard",) if gates_differ else ()))
     by_width = {

@@ -18,7 +18,7 @@ from kernels_pallas import gated_delta_rule_from_gates
 from train import mesh as meshes
 from train.data import Batch
 from train.metrics_log import MetricsLog
-from train.step import QUICK_ON_GPU, HParams, Program, TrainState
+from train.step import HParams, Program, TrainState, quick_options
 
 # Rows of the batch that is measured: enough for means over thousands of positions, cheap beside a step.
 _ROWS = 2
@@ -151,11 +151,10 @@ def measurement(
 
     # The largest program of a run, for a row now and then: 77 s of compilation at width 256 on an H100, with these 35 s
     # at 1024.
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
     jitted = jax.jit(
         meshes.in_context(mesh, measure),
         out_shardings=meshes.replicated(mesh),
-        compiler_options=QUICK_ON_GPU if on_gpu else {},
+        compiler_options=quick_options(mesh.devices.flat[0].platform),
     )
 
     def row(state: TrainState) -> dict[str, Any]:

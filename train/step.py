@@ -224,10 +224,13 @@ class Program:
         return self.loss_sum(state.params, state.constants, batch)
 
 
-# Compiler options. A sweep's runs are short: autotuning takes longer than it saves them (28.9 ms a step in place of
-# 30.8 at width 256 on an H100), and takes the GPU from the width that runs meanwhile; without it Triton's products
-# are 7 times slower.
-QUICK_ON_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+def quick_options(platform: str) -> dict[str, Any]:
+    """Compiler options for programs that run too briefly to be worth autotuning; none but on a `gpu`.
+
+    A sweep's runs are short: autotuning takes longer than it saves them (28.9 ms a step in place of 30.8 at width 256
+    on an H100), and takes the GPU from the width that runs meanwhile; without it Triton's products are 7 times slower.
+    """
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False} if platform == "gpu" else {}
 
 
 class Compiled(NamedTuple):
@@ -266,7 +269,7 @@ def compile_program(program: Program, mesh: Mesh, *, packed: bool) -> Compiled:
     else:
         init = meshes.in_context(mesh, init)
         step, evaluate = meshes.in_context(mesh, step), meshes.in_context(mesh, evaluate)
-    quick = QUICK_ON_GPU if packed and mesh.devices.flat[0].platform == "gpu" else {}
+    quick = quick_options(mesh.devices.flat[0].platform) if packed else {}
     return Compiled(
         # Runs once a point: half of LLVM's work on it would take longer than the run saves (10 s against 2).
         jax.jit(
