@@ -192,6 +192,7 @@ def test_log_decay_is_judged_with_16_heads():
 
 def test_labels_of_widths_keep_apart():
     assert _labelled([256, 512, 768, 1024, 2048, 4096]) == {256, 512, 1024, 2048, 4096}
+    assert _labelled([256, 384, 512, 640, 1024, 1280, 1536, 2048, 2560, 4096]) == {256, 512, 1024, 2048, 4096}
     assert _labelled([64, 128, 256, 512]) == {64, 128, 256, 512}
 
 

@@ -57,6 +57,11 @@ BY_HAND = {
     },
     "head_dim": _SHARED
     | {
+        # sqrt(r_K) under SGD for what makes q and k.
+        "layers/mixer/q/kernel": (1 / 16, 2.0, 1 / 4),
+        "layers/mixer/k/kernel": (1 / 16, 2.0, 1 / 4),
+        "layers/mixer/conv_q/kernel": (0.5, 8.0, 1.0),
+        "layers/mixer/conv_k/kernel": (0.5, 8.0, 1.0),
         "layers/mixer/a/kernel": (1 / 32, 1 / 2, 1 / 4),
         "layers/mixer/b/kernel": (1 / 32, 1 / 2, 1 / 4),
         "layers/mixer/A_log": (None, 1.0, 1.0),
@@ -85,7 +90,7 @@ def test_muon_by_hand(regime):
     adamw = {row["parameter"]: row for row in rule_rows(BASE.widen(256, regime), "mup", "adamw")}
     for row in rule_rows(BASE.widen(256, regime), "mup", "muon"):
         name = row["parameter"]
-        matrix = BY_HAND[regime][name][1:] == _MATRIX[1:] and name.split("/")[-2] not in ("a", "b")
+        matrix = BY_HAND[regime][name][2] == _MATRIX[2] and name.split("/")[-2] not in ("a", "b")
         assert row["lr_multiplier"] == (0.5 if matrix else adamw[name]["lr_multiplier"]), name
     for row in rule_rows(BASE.widen(256, regime), "sp", "muon"):
         assert row["lr_multiplier"] == 1.0, row
@@ -101,7 +106,7 @@ def test_show_rules_prints_the_table_by_hand(regime, optimizer):
     console.print(show_rules(ShowRulesOptions(width=256), model, optimizer))
     text = console.export_text()
     lines = {words[0]: words for line in text.splitlines() if (words := line.split())}
-    powers = {1 / 4: "2^-2", 1 / 2: "2^-1", 1.0: "1", 2.0: "2^1", 4.0: "2^2"}
+    powers = {1 / 4: "2^-2", 1 / 2: "2^-1", 1.0: "1", 2.0: "2^1", 4.0: "2^2", 8.0: "2^3"}
     for name, (init_std, sgd, adamw) in BY_HAND[regime].items():
         *_, shown_std, shown_rate, shown_decay = lines[name]
         assert shown_std == ("own" if init_std is None else f"{init_std:.4g}"), name

@@ -223,25 +223,26 @@ def test_the_committed_sweep_tunes_mup_and_not_sp():
         read_tuning(committed, "sp", 1024)
 
 
-def test_a_sweep_of_growing_head_dims_with_another_rule_table_is_not_mixed_with_this_one(folder, tmp_path):
-    data_config = tiny.data_config(folder)
+@pytest.mark.parametrize(("optimizer", "version"), [("adamw", 2), ("sgd", 3)])
+def test_a_sweep_of_growing_head_dims_with_another_rule_table_is_not_mixed_with_this_one(
+    optimizer, version, folder, tmp_path
+):
+    data_config, options = tiny.data_config(folder), dataclasses.replace(tiny.OPTIMIZER, name=optimizer)
     now = {
-        regime: identity(
-            dataclasses.replace(tiny.MODEL, regime=regime), tiny.OPTIMIZER, data_config, None, STEPS
-        )
+        regime: identity(dataclasses.replace(tiny.MODEL, regime=regime), options, data_config, None, STEPS)
         for regime in ("heads", "head_dim")
     }
     # Where head counts grow the rules did not change, and older ledgers go on.
     assert "rules" not in now["heads"]
     before = {key: value for key, value in now["head_dim"].items() if key != "rules"}
     (tmp_path / "sweep.json").write_text(json.dumps(before))
-    with pytest.raises(ValueError, match="rules None -> 2"):
+    with pytest.raises(ValueError, match=f"rules None -> {version}"):
         check_identity(tmp_path, "sweep.json", now["head_dim"])
     for config in (before, now["head_dim"]):
         config["data"]["fingerprint"] = "f"
     changed = differences(before, now["head_dim"])
     assert changed == {
-        "rules": "version 1 -> 2 of the rule table where head dims grow, which only a new sweep has"
+        "rules": f"version 1 -> {version} of the rule table where head dims grow, which only a new sweep has"
     }
     with pytest.raises(ValueError, match="--accept-change rules"):
         require_accepted(changed, (), folder)

@@ -46,7 +46,7 @@ STEPS = (0, 2, 10)
 _TOY = "limit measured at toy sizes; checks to width 4,096 in docs/results"
 _STABLE = f"arXiv:2203.03466 app. D, {_TOY}"
 _RATES = f"arXiv:2606.04048, gate rates n^(-1/2) under SGD, {_TOY}"
-_SILU = f"SiLU gives q and k a common mean, which leaves W_q and W_k under-trained, {_TOY}"
+_SILU = f"SiLU gives q and k a common mean, which the rates of W_q and W_k meet at large heads only, {_TOY}"
 _MUON = f"one step after the readout left zero: measured +0.21 to +0.28, gone by step 10, {_TOY}"
 # Measured +0.07 from width 128 to 1,024, +0.02 from 256 to 4,096; +0.03 if gate matrices start at zero.
 _STATE_START = (

@@ -76,10 +76,10 @@ def _usable(size: Any) -> bool:
 
 
 def _labelled(widths: Sequence[int]) -> set[int]:
-    """Of the ticks of an axis those whose labels do not run into each other."""
+    """Of the ticks of an axis those whose labels do not run into each other: one of four digits is a sixth of it."""
     kept = [widths[-1]]
     for width in widths[-2::-1]:
-        if math.log2(kept[-1] / width) >= math.log2(widths[-1] / widths[0]) / 8:
+        if math.log2(kept[-1] / width) >= math.log2(widths[-1] / widths[0]) / 5:
             kept.append(width)
     return set(kept)
 

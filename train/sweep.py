@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gdn_jax.mup.rules import HEAD_DIM_VERSION
+from gdn_jax.mup.rules import HEAD_DIM_VERSIONS
 from train import processes
 from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig, PreparedData, prepare
@@ -121,5 +121,5 @@ def identity(
         "data": read | ({} if data is None else {"fingerprint": data.fingerprint}),
         "steps": steps,
         # Absent where head counts grow, whose rules are those of the first ledgers.
-        **({"rules": HEAD_DIM_VERSION} if model.regime == "head_dim" else {}),
+        **({"rules": HEAD_DIM_VERSIONS[optimizer.name]} if model.regime == "head_dim" else {}),
     }

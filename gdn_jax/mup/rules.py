@@ -21,10 +21,10 @@ import jax
 from gdn_jax.mup import axes as ax
 from gdn_jax.mup.spec import RANDOM_ROLES, ParamSpec, Role
 
-# Of the table, where head dims grow: what was measured with another one is not to be mixed with this one's. 2: the
-# initial standard deviation of gate matrices, and under SGD the rates of gate scalars and o_norm's gain. Where head
-# counts grow nothing changed.
-HEAD_DIM_VERSION = 2
+# Of the table, by optimizer, where head dims grow: what was measured with another one is not to be mixed with this
+# one's. 2: the initial standard deviation of gate matrices, and under SGD the rates of gate scalars and o_norm's gain;
+# 3: SGD's rates of W_q, W_k and their conv kernels. Where head counts grow nothing changed.
+HEAD_DIM_VERSIONS = {"adamw": 2, "sgd": 3, "muon": 2}
 
 type Preset = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
 type OptimizerName = Literal["adamw", "sgd", "muon"]
@@ -71,6 +71,8 @@ class _Dims:
     r_out: float
     # Ratio of the value head dim: the number of terms that a per-head gate's gradient collects.
     r_value_dim: float
+    # Ratio of the key head dim where the parameter produces q or k, else 1.
+    r_key_dim: float
     # Model width, and its ratio.
     n: int
     r: float
@@ -119,14 +121,20 @@ def _constant(value: float) -> _Factor:
 # Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gate matrices
 # from arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
 _MUP: dict[Role, _Row] = {
+    # sqrt(r_k) for what makes q and k under SGD, its convolutions as well: SiLU gives all keys a common mean, beside
+    # which the gradient of q and k falls by as much more (docs/derivation.md).
     Role.MATRIX: _Row(
-        _fan_in_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in, decay=True, muon=_muon_rate
+        _fan_in_std,
+        lambda d: d.r_out * d.r_key_dim**0.5 / d.r_in,
+        lambda d: 1 / d.r_in,
+        decay=True,
+        muon=_muon_rate,
     ),
     Role.GATE_MATRIX: _Row(_gate_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
     # Not the theorem's sqrt(r_v) under SGD: a scalar's gradient is summed over all tokens, with no input that tells
     # them apart, and but for small batches of narrow models the sum was measured to fall less (docs/derivation.md).
     Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out, _one),
-    Role.CONV: _Row(_fan_in_std, lambda d: d.r_out, _one),
+    Role.CONV: _Row(_fan_in_std, lambda d: d.r_out * d.r_key_dim**0.5, _one),
     Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
     # Under SGD not r_v, though a channel's gradient is Theta(1/d_v) when all have equal shares: with r_v the largest
     # rate that trains falls with the width (docs/results, sgd-head-dim), perhaps since training gathers a head's
@@ -248,6 +256,7 @@ def param_rule(spec: ParamSpec, preset: str, optimizer: str, ratios: ax.AxisRati
         r_in=ax.product(ratios, spec.in_axes),
         r_out=ax.product(ratios, spec.out_axes),
         r_value_dim=ratios.get(ax.VALUE_DIM, 1.0),
+        r_key_dim=ratios[ax.KEY_DIM] if ax.KEY_DIM in spec.out_axes else 1.0,
         n=width,
         r=ratios[ax.EMBED],
     )
