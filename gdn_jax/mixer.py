@@ -59,7 +59,7 @@ class GatedDeltaNet(nnx.Module):
         self.k = Projection(make, (ax.EMBED,), key_axes)
         self.v = Projection(make, (ax.EMBED,), value_axes)
         self.g = Projection(make, (ax.EMBED,), value_axes)
-        self.a = Projection(make, (ax.EMBED,), (ax.VALUE_HEADS,), Role.GATE_MATRIX)
+        self.a = Projection(make, (ax.EMBED,), (ax.VALUE_HEADS,), Role.GATE_A_MATRIX)
         self.b = Projection(make, (ax.EMBED,), (ax.VALUE_HEADS,), Role.GATE_MATRIX)
         self.A_log = make(
             decay_rate_log, (ax.VALUE_HEADS,), out_axes=(ax.VALUE_HEADS,), role=Role.GATE_SCALAR

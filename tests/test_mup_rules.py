@@ -62,7 +62,8 @@ BY_HAND = {
         "layers/mixer/k/kernel": (1 / 16, 2.0, 1 / 4),
         "layers/mixer/conv_q/kernel": (0.5, 8.0, 1.0),
         "layers/mixer/conv_k/kernel": (0.5, 8.0, 1.0),
-        "layers/mixer/a/kernel": (1 / 32, 1 / 2, 1 / 4),
+        # sqrt(r_V) under SGD for W_b alone.
+        "layers/mixer/a/kernel": (1 / 32, 1 / 4, 1 / 4),
         "layers/mixer/b/kernel": (1 / 32, 1 / 2, 1 / 4),
         "layers/mixer/A_log": (None, 1.0, 1.0),
         "layers/mixer/dt_bias": (None, 1.0, 1.0),

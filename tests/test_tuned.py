@@ -223,7 +223,7 @@ def test_the_committed_sweep_tunes_mup_and_not_sp():
         read_tuning(committed, "sp", 1024)
 
 
-@pytest.mark.parametrize(("optimizer", "version"), [("adamw", 2), ("sgd", 3)])
+@pytest.mark.parametrize(("optimizer", "version"), [("adamw", 2), ("sgd", 4)])
 def test_a_sweep_of_growing_head_dims_with_another_rule_table_is_not_mixed_with_this_one(
     optimizer, version, folder, tmp_path
 ):

@@ -40,16 +40,17 @@ def test_factors_act_on_their_roles_alone():
         rate = {
             Role.EMBEDDING: 2,
             Role.GATE_MATRIX: 3,
+            Role.GATE_A_MATRIX: 3,
             Role.GATE_SCALAR: 3,
             Role.READOUT: 9,
             Role.HEAD_GAIN: 7,
         }.get(spec.role, 1)
-        scale = 5 if spec.role in (Role.MATRIX, Role.GATE_MATRIX) else 1
+        scale = 5 if spec.role in (Role.MATRIX, Role.GATE_MATRIX, Role.GATE_A_MATRIX) else 1
         np.testing.assert_allclose(after.lr_multiplier, before.lr_multiplier * rate, rtol=1e-6)
         np.testing.assert_allclose(after.init_std, before.init_std * scale, rtol=1e-6)
         seen.add((spec.role, rate))
     gains = {(Role.NORM_GAIN, 1), (Role.HEAD_GAIN, 7)}
-    gates = {(Role.GATE_MATRIX, 3), (Role.GATE_SCALAR, 3)}
+    gates = {(Role.GATE_MATRIX, 3), (Role.GATE_A_MATRIX, 3), (Role.GATE_SCALAR, 3)}
     assert seen >= gains | gates | {(Role.EMBEDDING, 2), (Role.READOUT, 9), (Role.CONV, 1)}
 
 

@@ -23,8 +23,8 @@ from gdn_jax.mup.spec import RANDOM_ROLES, ParamSpec, Role
 
 # Of the table, by optimizer, where head dims grow: what was measured with another one is not to be mixed with this
 # one's. 2: the initial standard deviation of gate matrices, and under SGD the rates of gate scalars and o_norm's gain;
-# 3: SGD's rates of W_q, W_k and their conv kernels. Where head counts grow nothing changed.
-HEAD_DIM_VERSIONS = {"adamw": 2, "sgd": 3, "muon": 2}
+# 3: SGD's rates of W_q, W_k and their conv kernels; 4: SGD's rate of W_a. Where head counts grow nothing changed.
+HEAD_DIM_VERSIONS = {"adamw": 2, "sgd": 4, "muon": 2}
 
 type Preset = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
 type OptimizerName = Literal["adamw", "sgd", "muon"]
@@ -130,9 +130,10 @@ _MUP: dict[Role, _Row] = {
         decay=True,
         muon=_muon_rate,
     ),
+    # The theorem's sqrt(r_v) under SGD for W_b alone: what a batch's gradients of the decay add up to, at W_a as at
+    # A_log and dt_bias, was measured to fall by as much less (docs/derivation.md).
     Role.GATE_MATRIX: _Row(_gate_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
-    # Not the theorem's sqrt(r_v) under SGD: a scalar's gradient is summed over all tokens, with no input that tells
-    # them apart, and but for small batches of narrow models the sum was measured to fall less (docs/derivation.md).
+    Role.GATE_A_MATRIX: _Row(_gate_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in),
     Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out, _one),
     Role.CONV: _Row(_fan_in_std, lambda d: d.r_out * d.r_key_dim**0.5, _one),
     Role.NORM_GAIN: _Row(_one, lambda d: d.r_out, _one),
@@ -150,12 +151,14 @@ _MUP: dict[Role, _Row] = {
 # "Original muP" of arXiv:2606.04048: gates under SGD keep the base learning rate.
 _MUP_STANDARD = _MUP | {
     Role.GATE_MATRIX: dataclasses.replace(_MUP[Role.GATE_MATRIX], sgd=_one),
+    Role.GATE_A_MATRIX: dataclasses.replace(_MUP[Role.GATE_A_MATRIX], sgd=_one),
     Role.GATE_SCALAR: dataclasses.replace(_MUP[Role.GATE_SCALAR], sgd=_one),
 }
 
 # Standard parametrization with the same base as mup, so that the two coincide there.
 _SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one, muon=_one) for role, row in _MUP.items()}
-_SP[Role.GATE_MATRIX] = dataclasses.replace(_SP[Role.GATE_MATRIX], init_std=_fan_in_std)
+for _gate in (Role.GATE_MATRIX, Role.GATE_A_MATRIX):
+    _SP[_gate] = dataclasses.replace(_SP[_gate], init_std=_fan_in_std)
 
 # Ablation: embedding learning rate alone (arXiv:2605.21486 says it explains most of muP's gain).
 _SP_EMBEDDING = _SP | {
@@ -186,9 +189,11 @@ def _paper_code(optimizer: str) -> dict[Role, _Row]:
         return 1 / d.r
 
     embedding = _Row(_constant(0.02), lambda d: d.r, _one, decay=True)
+    gate_matrix = _Row(hidden_std, lambda d: d.r**-0.5, shrink, decay=True)
     return {
         Role.MATRIX: _Row(hidden_std, _one, shrink, decay=True),
-        Role.GATE_MATRIX: _Row(hidden_std, lambda d: d.r**-0.5, shrink, decay=True),
+        Role.GATE_MATRIX: gate_matrix,
+        Role.GATE_A_MATRIX: gate_matrix,
         Role.GATE_SCALAR: _Row(_one, lambda d: d.r**0.5, _one),
         Role.CONV: _Row(conv_std, _one, shrink, decay=True),
         Role.NORM_GAIN: _Row(_one, _one, shrink),
@@ -301,8 +306,8 @@ def resolve_rules(
 
 # The roles that each factor of :func:`adjusted` acts on.
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING})
-_GATES = frozenset({Role.GATE_MATRIX, Role.GATE_SCALAR})
-_MATRICES = frozenset({Role.MATRIX, Role.GATE_MATRIX})
+_GATES = frozenset({Role.GATE_MATRIX, Role.GATE_A_MATRIX, Role.GATE_SCALAR})
+_MATRICES = frozenset({Role.MATRIX, Role.GATE_MATRIX, Role.GATE_A_MATRIX})
 
 
 def adjusted(

@@ -10,6 +10,8 @@ class Role(enum.StrEnum):
 
     MATRIX = "matrix"
     GATE_MATRIX = "gate_matrix"
+    # W_a, of the decay; its rate is not W_b's under SGD.
+    GATE_A_MATRIX = "gate_a_matrix"
     GATE_SCALAR = "gate_scalar"
     CONV = "conv"
     NORM_GAIN = "norm_gain"
@@ -23,7 +25,15 @@ class Role(enum.StrEnum):
 # Roles whose initial values are zero-mean draws of a standard deviation; the others start from
 # constants or distributions of their own, which no width changes.
 RANDOM_ROLES = frozenset(
-    {Role.MATRIX, Role.GATE_MATRIX, Role.CONV, Role.EMBEDDING, Role.TIED_EMBEDDING, Role.READOUT}
+    {
+        Role.MATRIX,
+        Role.GATE_MATRIX,
+        Role.GATE_A_MATRIX,
+        Role.CONV,
+        Role.EMBEDDING,
+        Role.TIED_EMBEDDING,
+        Role.READOUT,
+    }
 )
 
 
