@@ -111,6 +111,7 @@ def test_mixer_inside_a_linen_model():
     x, labels = _task()
     boxed = model.init(jax.random.key(0), x)["params"]
     specs = param_specs(boxed)
+    assert specs["mixer"]["a"]["kernel"].role is mup.Role.GATE_A_MATRIX
     assert specs["mixer"]["b"]["kernel"].role is mup.Role.GATE_MATRIX
     rules = _rules(specs, WIDE)
     params = nn.unbox(boxed)

@@ -203,7 +203,7 @@ CONTROLS = (
         0.4,
         "a readout without 1/n lets the gradient of all else grow with the width",
         "head_dim",
-        # Measured +0.7 to +1.6 in seven checks (docs/results). By step 10 the widest models of three have blown up, and
+        # Measured +0.7 to +1.6 in ten checks (docs/results). By step 10 the widest models of three have blown up, and
         # what conv kernels and gains do scatters from -1.1 to +0.3, known to no better than 0.14.
         step=2,
     ),
@@ -216,7 +216,7 @@ CONTROLS = (
         ("layers/mixer/b/kernel",),
         0.4,
         "arXiv:2606.04048: per-head gates collect head-dim many terms incoherently; measured +0.40 to +0.77, "
-        "-0.02 to +0.28 under mup",
+        "-0.02 to +0.38 under mup",
         "head_dim",
     ),
 )

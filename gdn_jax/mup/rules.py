@@ -131,7 +131,7 @@ _MUP: dict[Role, _Row] = {
         muon=_muon_rate,
     ),
     # The theorem's sqrt(r_v) under SGD for W_b alone: what a batch's gradients of the decay add up to, at W_a as at
-    # A_log and dt_bias, was measured to fall by as much less (docs/derivation.md).
+    # A_log and dt_bias, was measured to fall by as much less, but with small heads or batches (docs/derivation.md).
     Role.GATE_MATRIX: _Row(_gate_std, lambda d: d.r_out * d.r_value_dim**0.5 / d.r_in, lambda d: 1 / d.r_in),
     Role.GATE_A_MATRIX: _Row(_gate_std, lambda d: d.r_out / d.r_in, lambda d: 1 / d.r_in),
     Role.GATE_SCALAR: _Row(_one, lambda d: d.r_out, _one),
@@ -148,17 +148,15 @@ _MUP: dict[Role, _Row] = {
     Role.READOUT: _Row(_constant(0.0), lambda d: d.r_in, _one),
 }
 
+_GATE_MATRICES = frozenset({Role.GATE_MATRIX, Role.GATE_A_MATRIX})
+_GATES = _GATE_MATRICES | {Role.GATE_SCALAR}
+
 # "Original muP" of arXiv:2606.04048: gates under SGD keep the base learning rate.
-_MUP_STANDARD = _MUP | {
-    Role.GATE_MATRIX: dataclasses.replace(_MUP[Role.GATE_MATRIX], sgd=_one),
-    Role.GATE_A_MATRIX: dataclasses.replace(_MUP[Role.GATE_A_MATRIX], sgd=_one),
-    Role.GATE_SCALAR: dataclasses.replace(_MUP[Role.GATE_SCALAR], sgd=_one),
-}
+_MUP_STANDARD = _MUP | {role: dataclasses.replace(_MUP[role], sgd=_one) for role in _GATES}
 
 # Standard parametrization with the same base as mup, so that the two coincide there.
 _SP = {role: dataclasses.replace(row, sgd=_one, adamw=_one, muon=_one) for role, row in _MUP.items()}
-for _gate in (Role.GATE_MATRIX, Role.GATE_A_MATRIX):
-    _SP[_gate] = dataclasses.replace(_SP[_gate], init_std=_fan_in_std)
+_SP |= {role: dataclasses.replace(_SP[role], init_std=_fan_in_std) for role in _GATE_MATRICES}
 
 # Ablation: embedding learning rate alone (arXiv:2605.21486 says it explains most of muP's gain).
 _SP_EMBEDDING = _SP | {
@@ -304,10 +302,9 @@ def resolve_rules(
     )
 
 
-# The roles that each factor of :func:`adjusted` acts on.
+# The roles that factors of :func:`adjusted` act on, and `_GATES`.
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.TIED_EMBEDDING})
-_GATES = frozenset({Role.GATE_MATRIX, Role.GATE_A_MATRIX, Role.GATE_SCALAR})
-_MATRICES = frozenset({Role.MATRIX, Role.GATE_MATRIX, Role.GATE_A_MATRIX})
+_MATRICES = _GATE_MATRICES | {Role.MATRIX}
 
 
 def adjusted(
