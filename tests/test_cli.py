@@ -144,6 +144,14 @@ WRONG = [
         "coord-check --out {0}/file/o --data.corpus {0}/corpus.txt --data.sequence-length 16",
         "--out must be a folder",
     ),
+    (
+        "coord-check --out {0}/o --data.corpus {0}/corpus.txt --data.sequence-length 16 --widths 64 96 128 512",
+        "--widths: 96 has 3 value heads, no multiple of the 2 of the base width 64; use multiples of 64.",
+    ),
+    (
+        "coord-check --out {0}/o --data.corpus {0}/corpus.txt --data.sequence-length 16 --model.base-width 128",
+        "--widths: 64 has 2 value heads, no multiple of the 4 of the base width 128; use multiples of 128.",
+    ),
     ("report {0}/nowhere", "does not exist"),
     ("show-rules --width 100", "Use a multiple of 32"),
     ("", "Expected one of"),

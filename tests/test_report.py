@@ -8,64 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+from report_cases import BASE_OPTIMUM, WIDTHS, basin, half_octaves, ledger, row
 from rich.console import Console
 
 from train.report import analyse, read_rows, table, write_report
-from train.report_analysis import curves
-from train.report_figure import seed_range
-
-WIDTHS = (64, 128, 256)
-BASE_OPTIMUM = -7.3
-
-
-def row(**changes):
-    return {
-        "preset": "mup",
-        "optimizer": "adamw",
-        "regime": "heads",
-        "width": 64,
-        "learning_rate": 2.0**-7,
-        "seed": 0,
-        "steps": 400,
-        "tokens": 819_200,
-        "val_loss": 4.0,
-        "diverged_at_step": None,
-        "config_fingerprint": "f0",
-        "code_version": "v1",
-        "base_width": 64,
-    } | changes
-
-
-def basin(
-    preset, shift, *, widths=WIDTHS, grid=(-11.0, -5.0), seeds=1, noise=0.0, diverged_above=np.inf, step=0.5
-):
-    """A parabola per width, its minimum `shift` octaves further at each doubling; noise by seed and run."""
-    rows = []
-    for index, width in enumerate(widths):
-        optimum = BASE_OPTIMUM + shift * np.log2(width / widths[0])
-        for log2_x in np.arange(grid[0], grid[1] + 1e-9, step):
-            for seed in range(seeds):
-                own = np.random.default_rng([width, seed]).normal()
-                run = np.random.default_rng([width, seed, round(log2_x * 100) + 2000, len(preset)]).normal()
-                loss = 4 - 0.2 * index + 0.05 * (log2_x - optimum) ** 2 + noise * (own + 0.3 * run)
-                lost = log2_x > diverged_above
-                rows.append(
-                    row(
-                        preset=preset,
-                        width=width,
-                        learning_rate=float(2**log2_x),
-                        seed=seed,
-                        val_loss=None if lost else float(loss),
-                        diverged_at_step=30 if lost else None,
-                    )
-                )
-    return rows
-
-
-def ledger(directory, rows):
-    directory.mkdir(exist_ok=True)
-    (directory / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return directory
 
 
 def test_planted_optima_drift_and_regret_are_recovered_exactly():
@@ -211,17 +157,25 @@ def test_all_diverged_and_a_concave_curve_are_no_optimum():
     assert preset["reason"]["64"] == "every learning rate diverged"
     assert preset["best_run"]["64"] is None
     # The best point hangs below an otherwise concave curve.
-    hill = [4.0, 4.3, 3.99, 4.3, 4.0]
-    rows = [row(learning_rate=2.0 ** (-8 + i / 2), val_loss=loss) for i, loss in enumerate(hill)]
-    preset = analyse(rows)["presets"]["mup"]
+    preset = analyse(half_octaves(4.0, 4.3, 3.99, 4.3, 4.0))["presets"]["mup"]
     assert preset["edge_minima"] == [64]
     assert "no minimum among its points" in preset["reason"]["64"]
 
 
+def test_a_minimum_far_from_the_best_point_is_no_optimum():
+    """Two points on each side of the best one, one beyond the minimum: another window would have another minimum."""
+    rows = half_octaves(3.812, 3.811, 3.81, 3.97, 4.2)
+    preset = analyse(rows)["presets"]["mup"]
+    assert preset["optimum_log2_x"]["64"] is None
+    assert "around 2^-7 has its minimum at 2^-7.53, and 1 of its points beyond" in preset["reason"]["64"]
+    # A quarter octave further there are two.
+    rows.append(row(learning_rate=2.0**-7.75, val_loss=3.811))
+    assert analyse(rows)["presets"]["mup"]["optimum_log2_x"]["64"] == pytest.approx(-7.51, abs=0.02)
+
+
 def test_a_run_that_blew_up_is_not_fitted():
     """It ended in a number, which would pull the quadratic under all that ran."""
-    losses = [3.91, 3.85, 3.81, 3.85, 5.37]
-    rows = [row(learning_rate=2.0 ** (-8 + i / 2), val_loss=loss) for i, loss in enumerate(losses)]
+    rows = half_octaves(3.91, 3.85, 3.81, 3.85, 5.37)
     preset = analyse(rows)["presets"]["mup"]
     assert preset["optimum_log2_x"]["64"] is None
     assert "1 above (not counting 1 that diverged or blew up)" in preset["reason"]["64"]
@@ -285,44 +239,6 @@ def test_same_rows_same_bytes_in_any_order(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert json.loads((tmp_path / "b" / "report.json").read_text()) == report
     assert (tmp_path / "a" / "transfer.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("presets", [1, 3, 4, 6])
-def test_figure_of_any_number_of_presets(tmp_path, presets):
-    names = ["mup", "mup_standard", "paper_code", "sp", "sp_constant", "sp_embedding"][:presets]
-    rows = [r for i, n in enumerate(names) for r in basin(n, -0.4 * i, grid=(-9, -5), diverged_above=-5.4)]
-    assert list(write_report(ledger(tmp_path / "x", rows))["presets"]) == names
-
-
-def test_figure_of_runs_that_all_diverged(tmp_path):
-    report = write_report(ledger(tmp_path / "x", basin("sp", 0.0, diverged_above=-20, seeds=2)))
-    assert report["runs_diverged"] == report["runs"] == 78
-
-
-def test_legend_of_every_mark_fits_into_the_picture(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("train.report_figure.save", lambda figure, path: drawn.append(figure))
-    # Four widths, optima fitted and not reached, points off the scale, ranges of seeds.
-    widths = (128, 256, 512, 1024)
-    rows = basin("mup", 0.0, widths=widths, seeds=2) + basin(
-        "sp", -3.0, widths=widths, grid=(-9, -5), seeds=2
-    )
-    write_report(ledger(tmp_path / "x", rows))
-    (figure,) = drawn
-    (legend,) = figure.legends
-    assert len(legend.get_texts()) == 8
-    assert legend.get_window_extent().x1 <= figure.bbox.x1
-
-
-def test_a_lone_seed_has_no_range():
-    rows = basin("mup", 0.0, grid=(-10, -6), seeds=3, noise=0.01)
-    ends = {min(row["learning_rate"] for row in rows), max(row["learning_rate"] for row in rows)}
-    rows = [row for row in rows if row["seed"] == 0 or row["learning_rate"] not in ends]
-    below, above = seed_range(curves(rows)["mup"][64])
-    assert np.isnan(below[[0, -1]]).all()
-    assert np.isnan(above[[0, -1]]).all()
-    assert (below[1:-1] >= 0).all()
-    assert (above[1:-1] > 0).any()
 
 
 def test_table_and_verdict_read_well():

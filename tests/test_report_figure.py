@@ -1,40 +1,23 @@
 """The picture of a sweep, looked at pixel by pixel."""
 
-import json
-
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from report_cases import basin, ledger, row
 
 from train.report import write_report
 from train.report_analysis import curves
-from train.report_figure import _limits, unsigned, width_colours
+from train.report_figure import _limits, seed_range, unsigned, width_colours
 
 
 def bowl(log2_x, **more):
     """A row of a sweep whose losses are a shallow parabola around 2^-7."""
-    return {
-        "preset": "mup",
-        "optimizer": "adamw",
-        "regime": "heads",
-        "width": 64,
-        "learning_rate": 2.0**log2_x,
-        "seed": 0,
-        "steps": 400,
-        "tokens": 819_200,
-        "val_loss": 4.0 + 1e-3 * (log2_x + 7) ** 2,
-        "diverged_at_step": None,
-        "config_fingerprint": "f0",
-        "code_version": "v1",
-        "base_width": 64,
-        **more,
-    }
+    return row(**{"learning_rate": 2.0**log2_x, "val_loss": 4.0 + 1e-3 * (log2_x + 7) ** 2} | more)
 
 
 def drawn_picture(rows, folder):
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(folder)
+    write_report(ledger(folder, rows))
     return imread(folder / "transfer.png")[..., :3]
 
 
@@ -88,3 +71,41 @@ def test_width_colours_darken_with_width_so_that_grey_keeps_them_apart():
         luminance = [float(np.dot(colour[:3], (0.2126, 0.7152, 0.0722))) for colour in width_colours(count)]
         assert luminance == sorted(luminance, reverse=True)
         assert min(-np.diff(luminance)) > 0.05
+
+
+@pytest.mark.parametrize("presets", [1, 3, 4, 6])
+def test_figure_of_any_number_of_presets(tmp_path, presets):
+    names = ["mup", "mup_standard", "paper_code", "sp", "sp_constant", "sp_embedding"][:presets]
+    rows = [r for i, n in enumerate(names) for r in basin(n, -0.4 * i, grid=(-9, -5), diverged_above=-5.4)]
+    assert list(write_report(ledger(tmp_path / "x", rows))["presets"]) == names
+
+
+def test_figure_of_runs_that_all_diverged(tmp_path):
+    report = write_report(ledger(tmp_path / "x", basin("sp", 0.0, diverged_above=-20, seeds=2)))
+    assert report["runs_diverged"] == report["runs"] == 78
+
+
+def test_legend_of_every_mark_fits_into_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("train.report_figure.save", lambda figure, path: drawn.append(figure))
+    # Four widths, optima fitted and not reached, points off the scale, ranges of seeds.
+    widths = (128, 256, 512, 1024)
+    rows = basin("mup", 0.0, widths=widths, seeds=2) + basin(
+        "sp", -3.0, widths=widths, grid=(-9, -5), seeds=2
+    )
+    write_report(ledger(tmp_path / "x", rows))
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 8
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_a_lone_seed_has_no_range():
+    rows = basin("mup", 0.0, grid=(-10, -6), seeds=3, noise=0.01)
+    ends = {min(row["learning_rate"] for row in rows), max(row["learning_rate"] for row in rows)}
+    rows = [row for row in rows if row["seed"] == 0 or row["learning_rate"] not in ends]
+    below, above = seed_range(curves(rows)["mup"][64])
+    assert np.isnan(below[[0, -1]]).all()
+    assert np.isnan(above[[0, -1]]).all()
+    assert (below[1:-1] >= 0).all()
+    assert (above[1:-1] > 0).any()

@@ -214,7 +214,7 @@ def test_one_width_tunes_mup_and_the_plan_says_what_is_not_shown(folder, no_trai
 
 
 def test_the_committed_sweep_tunes_mup_and_not_sp():
-    committed = pathlib.Path(__file__).parents[1] / "docs/results/adamw-heads"
+    committed = pathlib.Path(__file__).parents[1] / "docs/results/adamw-rates"
     tuning = read_tuning(committed, None, 1024)
     assert (tuning.preset, tuning.width, tuning.widths) == ("mup", 128, [128, 256, 512, 1024])
     assert tuning.interval is not None

@@ -64,6 +64,17 @@ def _refuse_unused(model: ModelOptions, optimizer: OptimizerOptions) -> None:
         )
 
 
+def _refuse_uneven_heads(configs: Mapping[int, Any]) -> None:
+    """Each width starts with the base's decays, repeated over its heads; ValueError where that leaves a rest."""
+    for width, config in configs.items():
+        base = config.base or config
+        if config.num_value_heads % base.num_value_heads:
+            raise ValueError(
+                f"--widths: {width} has {config.num_value_heads} value heads, no multiple of the "
+                f"{base.num_value_heads} of the base width {base.width}; use multiples of {base.width}."
+            )
+
+
 def run_coord_check(
     options: CoordOptions,
     model: ModelOptions,
@@ -87,6 +98,7 @@ def run_coord_check(
     data = prepare(data_config, lambda line: console.print(line, soft_wrap=True, highlight=False))
     base = model.with_base(min(options.widths))
     configs = {width: base.gdn_config(width, data.vocab_size) for width in sorted(set(options.widths))}
+    _refuse_uneven_heads(configs)
     rate = options.learning_rate or (2.0**-2 if optimizer.name == "sgd" else 2.0**-8)
     config = identity(base, optimizer, data_config, data, max(_AT_STEPS)) | {"learning_rate": rate}
     make_writable(options.out)

@@ -3,18 +3,17 @@
 "Learning rate" stands for whatever the figure is drawn against: `vary.abscissa` says what that is.
 
 - **LR*(n)**: the minimum of a quadratic in log2 of the learning rate, fitted to the seed means of the points
-  within an octave of the best one. It takes at least 5 points, 2 of them on each side. Where the minimum is
-  not bracketed there is no optimum: null and a reason, never a number.
+  within an octave of the best one. It takes at least 5 points, 2 of them on each side of the best one and of the
+  minimum. Where the minimum is not bracketed there is no optimum: null and a reason, never a number.
 - A learning rate at which **any** seed diverged counts as diverged. One above the best at which any seed ends half
   a nat worse than at the best has blown up, too: it is drawn, and not fitted.
-- **Drift**: least-squares slope of log2 LR* against log2 width (octaves per doubling), over all swept widths
-  or not at all.
+- **Drift**: least-squares slope of log2 LR* on log2 width (octaves per doubling), over all swept widths or none.
 - **Regret**: loss of the run at the widest width whose learning rate is nearest to LR*(base), and at most
   half an octave from it, minus the fitted minimum there.
-- **Intervals** (95 %) resample the seeds jointly over learning rates and widths, refitting the same points;
-  they need 5 seeds. Percentiles are widened for few seeds (expanded percentile interval: Hesterberg, "What
-  teachers should know about the bootstrap", 2015): plain ones of 5 seeds are a third too narrow. Seeds share
-  the order of the data, so an interval says nothing about other data.
+- **Intervals** (95 %) resample the seeds jointly over learning rates, and over widths that have as many seeds,
+  refitting the same points; they need 5 seeds. Percentiles are widened for few seeds (expanded percentile interval:
+  Hesterberg, "What teachers should know about the bootstrap", 2015): plain ones of 5 seeds are a third too narrow.
+  Seeds share the order of the data, so an interval says nothing about other data.
 """
 
 import dataclasses
@@ -212,6 +211,12 @@ def find_optimum(curve: Curve) -> Optimum:
     if math.isnan(vertex):
         reason = f"the quadratic around {place} has no minimum among its points: too flat or too noisy"
         return Optimum(reason=reason, edge=True, window=window)
+    if (beyond := min(int(np.sum(fitted < vertex)), int(np.sum(fitted > vertex)))) < MIN_SIDE:
+        reason = (
+            f"the quadratic around {place} has its minimum at {power_of_two(vertex)}, and {beyond} of its points "
+            "beyond: too flat or too noisy; run quarter-octave ones on that side, or more seeds"
+        )
+        return Optimum(reason=reason, window=window)
     residual = loss[list(window)] - np.polyval(
         np.polyfit(fitted - vertex, loss[list(window)], 2), fitted - vertex
     )
@@ -222,7 +227,7 @@ def find_optimum(curve: Curve) -> Optimum:
 
 
 def _resampled_means(curve: Curve, points: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-    """Means over resampled seeds `[RESAMPLES, points]`; equal seeds give equal draws at every width."""
+    """Means over resampled seeds `[RESAMPLES, points]`; as many seeds give equal draws at every width."""
     rng = np.random.default_rng(RESAMPLING_SEED)
     draws = rng.integers(0, len(seeds), (RESAMPLES, len(seeds)))
     losses = np.array([[curve.by_seed[i][seed] for i in points] for seed in seeds])
@@ -232,7 +237,7 @@ def _resampled_means(curve: Curve, points: Sequence[int], seeds: Sequence[int]) 
 def resampled_optimum(curve: Curve, optimum: Optimum) -> tuple[np.ndarray, np.ndarray] | None:
     """(places, minima) of resamples of the seeds, NaN where one has none; None where there are too few seeds.
 
-    Two curves with as many seeds are resampled alike, so that differences of their draws are those of one resample.
+    Curves with as many seeds are resampled alike: differences of their draws are those of one resample.
     """
     if optimum.log2_x is None or len(optimum.seeds) < MIN_SEEDS:
         return None

@@ -118,8 +118,8 @@ def _constant(value: float) -> _Factor:
     return lambda _: value
 
 
-# Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; gate matrices
-# from arXiv:2606.04048 (theorem on SGD): r_out sqrt(r_v) over the ratio of what is summed.
+# Rows: matrix to readout as in Tensor Programs V, table 8, in axis ratios; W_b from arXiv:2606.04048 (theorem on
+# SGD): r_out sqrt(r_v) over the ratio of what is summed. Where head dims grow, rows depart from both as they say.
 _MUP: dict[Role, _Row] = {
     # sqrt(r_k) for what makes q and k under SGD, its convolutions as well: SiLU gives all keys a common mean, beside
     # which the gradient of q and k falls by as much more (docs/derivation.md).
@@ -151,7 +151,8 @@ _MUP: dict[Role, _Row] = {
 _GATE_MATRICES = frozenset({Role.GATE_MATRIX, Role.GATE_A_MATRIX})
 _GATES = _GATE_MATRICES | {Role.GATE_SCALAR}
 
-# "Original muP" of arXiv:2606.04048: gates under SGD keep the base learning rate.
+# What arXiv:2606.04048 calls original muP, for the gates alone: under SGD they keep the base learning rate. All other
+# rows are ours.
 _MUP_STANDARD = _MUP | {role: dataclasses.replace(_MUP[role], sgd=_one) for role in _GATES}
 
 # Standard parametrization with the same base as mup, so that the two coincide there.
