@@ -17,6 +17,7 @@ from gdn_jax.mup.rules import Rules, init_scale, param_rule
 from gdn_jax.mup.spec import ParamSpec, Role
 from gdn_jax.params import make_param
 from gdn_jax.sharding import over_time, parameter
+from kernels_pallas.gated_delta_rule.reference import segment_masks
 
 # Parameters that one layer draws keys for; the mixer has 14.
 _MAX_PARAMS = 16
@@ -183,7 +184,7 @@ class ShortConv(nnx.Module):
 
         Args:
             x: inputs.
-            segment_ids: document of each position; taps of another document count as zero.
+            segment_ids: document of each position; taps of another document, and padding (0), count as zero.
             tail: the ``J - 1`` inputs before ``x``; zeros by default.
             tail_segments: their documents; needed with both ``tail`` and ``segment_ids``.
             sequence_axis: a manual mesh axis that T is split over; the tail comes from the device before.
@@ -229,17 +230,28 @@ def _short_conv(
     else:
         tail = tail.astype(x.dtype).reshape(*tail.shape[:2], heads * dim)
         padded = jnp.concatenate([tail, x], axis=1)
-    if segment_ids is not None and tail_segments is None:
-        tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
+    documents = None
+    if segment_ids is not None:
+        if tail_segments is None:
+            tail_segments = jnp.zeros((x.shape[0], taps - 1), segment_ids.dtype)
+        documents = document_numbers(jnp.concatenate([tail_segments, segment_ids], axis=1))
     total = x * kernel[None, None, taps - 1]
     for j in range(taps - 1):
         shifted = padded[:, j : j + length]
-        if segment_ids is not None and tail_segments is not None:
-            segments = jnp.concatenate([tail_segments, segment_ids], axis=1)
-            same = segments[:, j : j + length] == segment_ids
+        if documents is not None:
+            same = documents[:, j : j + length] == documents[:, taps - 1 :]
             shifted = jnp.where(same[..., None], shifted, jnp.zeros((), x.dtype))
         total = total + shifted * kernel[None, None, j]
     return jax.nn.silu(total).reshape(*x.shape[:2], heads, dim)
+
+
+def document_numbers(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """0, 1, ... per document of a row, one more wherever the gated delta rule resets; -1 for padding.
+
+    An id that comes back after another one is a new document, and one that comes back after padding is not.
+    """
+    valid, reset = segment_masks(segment_ids)
+    return jnp.where(valid, jnp.cumsum(reset, axis=1, dtype=jnp.int32), -1)
 
 
 def left_halo(x: Shaped[Array, "B T ..."], taps: int, axis: str) -> Shaped[Array, "B taps ..."]:

@@ -16,6 +16,7 @@ from gdn_jax.layers import (
     RMSNorm,
     ShortConv,
     decay_rate_log,
+    document_numbers,
     keep_layout,
     time_step_bias,
 )
@@ -85,7 +86,8 @@ class GatedDeltaNet(nnx.Module):
 
         Args:
             x: inputs; the result has their dtype.
-            segment_ids: int32 document of each position; nothing crosses a change, 0 is padding.
+            segment_ids: int32 document of each position; nothing crosses a change. 0 is padding: inside a document
+                the delta rule skips it, and the convolutions count it as zeros.
             tap: sees the intermediate values.
             sequence_axis: a mesh axis that is manual in the ``shard_map`` around: each device holds an equal
                 part of T, in the order of the axis, of at least ``conv_size - 1`` positions.
@@ -109,9 +111,11 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[jax.Array, "B T D"], GDNCache]:
         """Goes on where ``cache`` ended: pieces of any length give what one call over all would.
 
+        Padding that ends a piece is left out, so prompts padded on the right go on as if they were not.
+
         Args:
             x: the next inputs.
-            cache: from ``init_cache`` or an earlier call.
+            cache: from ``init_cache`` or an earlier call; the new one has its dtypes.
             segment_ids: as in ``__call__``; ``None``: all go on with the cache's document.
         """
         if segment_ids is None:
@@ -134,9 +138,9 @@ class GatedDeltaNet(nnx.Module):
         assert state is not None, "a state that enters leaves"
         last = _last_valid(segment_ids)
         last = jnp.where(last == 0, cache.last_segment, last)
-        in_document = jnp.concatenate([tail_segments, segment_ids], axis=1) == last[:, None]
+        documents = document_numbers(jnp.concatenate([tail_segments, segment_ids], axis=1))
         tails = tuple(
-            _last_of_document(jnp.concatenate([tail.astype(y.dtype), y], axis=1), in_document, taps)
+            _last_of_document(jnp.concatenate([tail, y.astype(tail.dtype)], axis=1), documents, taps)
             for tail, y in zip(cache.conv_tail, raw, strict=True)
         )
         return y, GDNCache((tails[0], tails[1], tails[2]), state, last)
@@ -216,10 +220,17 @@ def _last_valid(segment_ids: jax.Array) -> jax.Array:
     return _first_valid(segment_ids[:, ::-1])
 
 
-def _last_of_document(values: jax.Array, in_document: jax.Array, count: int) -> jax.Array:
-    """The last ``count`` of ``values [B, T, ...]`` where ``in_document``, zeros before them if fewer."""
-    # A stable sort moves the document's positions to the end, in order.
-    order = jnp.argsort(in_document, axis=1, stable=True)[:, values.shape[1] - count :]
-    kept = jnp.take_along_axis(in_document, order, axis=1)
-    picked = jnp.take_along_axis(values, order[:, :, None, None], axis=1)
-    return jnp.where(kept[:, :, None, None], picked, jnp.zeros((), values.dtype))
+def _last_of_document(values: jax.Array, documents: jax.Array, count: int) -> jax.Array:
+    """``values [B, T, ...]`` at the ``count`` positions up to the last one that is no padding.
+
+    Zeros at positions of another document or of padding. A row of nothing but padding keeps its first ``count``.
+    """
+    length = documents.shape[1]
+    last = length - 1 - jnp.argmax(documents[:, ::-1] >= 0, axis=1)
+    last = jnp.where((documents >= 0).any(axis=1), last, count - 1)
+    positions = jnp.maximum(last - (count - 1), 0)[:, None] + jnp.arange(count)[None]
+    same = jnp.take_along_axis(documents, positions, axis=1) == jnp.take_along_axis(
+        documents, last[:, None], axis=1
+    )
+    picked = jnp.take_along_axis(values, positions[:, :, None, None], axis=1)
+    return jnp.where(same[:, :, None, None], picked, jnp.zeros((), values.dtype))

@@ -68,17 +68,19 @@ def test_mixer_is_causal(mixer, x):
 
 
 def test_packed_documents_are_apart(mixer, x):
-    segments = jnp.asarray([[1] * 17 + [2] * 23, [3] * 30 + [0] * 10], jnp.int32)
+    # The second row's last document has the id of its first, one token of another between them.
+    segments = jnp.asarray([[1] * 17 + [2] * 23, [3] * 12 + [4] + [3] * 17 + [0] * 10], jnp.int32)
     packed = mixer(x, segment_ids=segments)
-    apart = [mixer(x[:1, :17]), mixer(x[:1, 17:]), mixer(x[1:, :30])]
-    for got, expected in zip((packed[:1, :17], packed[:1, 17:], packed[1:, :30]), apart, strict=True):
-        assert rms_ratio(got, expected) < 1e-6
+    for row, start, end in ((0, 0, 17), (0, 17, 40), (1, 0, 12), (1, 12, 13), (1, 13, 30)):
+        document = np.s_[row : row + 1, start:end]
+        assert rms_ratio(packed[document], mixer(x[document])) < 1e-6
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 20), (5, 6, 30), (40,)])
 def test_pieces_with_a_cache_are_the_whole(mixer, x, cuts):
-    # Documents that begin inside a piece, padding between them, and rows that pause.
-    segments = jnp.asarray([[1] * 4 + [0] * 3 + [2] * 33, [5] * 22 + [6] * 10 + [0] * 8], jnp.int32)
+    # Documents that begin inside a piece, padding between them, rows that pause, and an id that comes back.
+    ids = [[1] * 4 + [0] * 3 + [2] * 33, [5] * 22 + [6] * 6 + [5] * 4 + [0] * 8]
+    segments = jnp.asarray(ids, jnp.int32)
     whole = mixer(x, segment_ids=segments)
     cache = GatedDeltaNet.init_cache(CONFIG, 2)
     start, pieces = 0, []
@@ -96,6 +98,23 @@ def test_cache_without_segments_goes_on(mixer, x):
     first, cache = mixer.with_cache(x[:, :7], GatedDeltaNet.init_cache(CONFIG, 2))
     second, _ = mixer.with_cache(x[:, 7:], cache)
     assert rms_ratio(jnp.concatenate([first, second], 1), whole) < 1e-6
+
+
+def test_prompts_padded_on_the_right_go_on_as_if_they_were_not(mixer, x):
+    padded = jnp.asarray([[1] * 7 + [0] * 3, [1] * 10], jnp.int32)
+    first, cache = mixer.with_cache(x[:, :10], GatedDeltaNet.init_cache(CONFIG, 2), segment_ids=padded)
+    second, _ = mixer.with_cache(x[:, 10:], cache)
+    short = mixer(jnp.concatenate([x[:1, :7], x[:1, 10:]], axis=1))
+    assert rms_ratio(jnp.concatenate([first[:1, :7], second[:1]], axis=1), short) < 1e-6
+    assert rms_ratio(second[1:], mixer(x[1:])[:, 10:]) < 1e-6
+
+
+@pytest.mark.parametrize("tails", ["float32", "bfloat16"])
+def test_a_cache_keeps_its_dtypes_so_that_decoding_can_be_scanned(mixer, x, tails):
+    cache = GatedDeltaNet.init_cache(CONFIG, 2, tails)
+    steps = jnp.moveaxis(x[:, :5, None].astype("float32" if tails == "bfloat16" else "bfloat16"), 1, 0)
+    _, y = jax.lax.scan(lambda cache, x: mixer.with_cache(x, cache)[::-1], cache, steps)
+    assert rms_ratio(jnp.moveaxis(y[:, :, 0], 0, 1), mixer(x[:, :5])) < 0.05
 
 
 @pytest.mark.parametrize("policy", ["block", "projections", "products"])
