@@ -18,6 +18,9 @@ type Logits = Float[Array, "B T vocab"]
 # Sees every intermediate value by name and returns the value to go on with; see ``mup.coord_check``.
 type Tap = Callable[[str, jax.Array], jax.Array]
 
+# Made for the tap's eyes: the op computes its own, and nothing goes on with what the tap returns.
+SEEN_ONLY = frozenset({"log_decay", "beta", "state"})
+
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:
     """The tap that looks at nothing: returns ``value`` as it is."""

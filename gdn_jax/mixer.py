@@ -88,7 +88,7 @@ class GatedDeltaNet(nnx.Module):
             x: inputs; the result has their dtype.
             segment_ids: int32 document of each position; nothing crosses a change. 0 is padding: inside a document
                 the delta rule skips it, and the convolutions count it as zeros.
-            tap: sees the intermediate values.
+            tap: sees the intermediate values, and may change those that are not in ``array_types.SEEN_ONLY``.
             sequence_axis: a mesh axis that is manual in the ``shard_map`` around: each device holds an equal
                 part of T, in the order of the axis, of at least ``conv_size - 1`` positions.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gdn_jax.array_types import Logits, SegmentIds, Tap, Tokens, no_tap
+from gdn_jax.array_types import SEEN_ONLY, Logits, SegmentIds, Tap, Tokens, no_tap
 from gdn_jax.config import REMAT_POLICIES, GDNConfig
 from gdn_jax.layers import ParamMaker, RMSNorm, SwiGLU, unit_normal, wide_matmul
 from gdn_jax.mixer import GatedDeltaNet
@@ -118,6 +118,10 @@ class GDNLanguageModel(nnx.Module):
             perturbations: added to the value of that name in each block ``[L, ...]``; the gradient
                 with respect to them is the gradient at that value.
             summary: what to keep of a value; all of it by default, of every layer at once.
+
+        Raises:
+            ValueError: a perturbation that would do nothing: no value of the blocks has its name, or nothing goes on
+                with that value (``array_types.SEEN_ONLY``).
         """
         return self._forward(tokens, segment_ids, perturbations or {}, summary or (lambda value: value))
 
@@ -131,14 +135,16 @@ class GDNLanguageModel(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         graphdef, layers = nnx.split(self.layers)
+        perturbed: set[str] = set()
 
         def block(x: jax.Array, xs: tuple[Any, Mapping[str, jax.Array] | None]) -> tuple[jax.Array, Any]:
             layer, added = xs
             seen: dict[str, jax.Array] = {}
 
             def tap(name: str, value: jax.Array) -> jax.Array:
-                if added is not None and name in added:
+                if added is not None and name in added and name not in SEEN_ONLY:
                     value = value + added[name]
+                    perturbed.add(name)
                 seen[name] = summary(value)
                 return value
 
@@ -153,7 +159,15 @@ class GDNLanguageModel(nnx.Module):
         embedded = constrain(lookup(self.embedding, tokens, dtype), BATCH, TIME, ax.EMBED)
         body = _rematerialised(block, config.remat)
         at_once = config.num_layers if unrolled(config.num_layers) else 1
-        x, seen = jax.lax.scan(body, embedded, (layers, perturbations), unroll=at_once)
+        added_to = perturbations
+        if perturbations is not None:
+            added_to = {name: x for name, x in perturbations.items() if x.shape[:1] == (config.num_layers,)}
+        x, seen = jax.lax.scan(body, embedded, (layers, added_to), unroll=at_once)
+        if idle := (perturbations or {}).keys() - perturbed:
+            raise ValueError(
+                f"perturbations must be [{config.num_layers} layers, ...] and named after what the blocks go on with; "
+                f"got {', '.join(sorted(idle))}. Use {', '.join(sorted(seen.keys() - SEEN_ONLY))}."
+            )
         normed = self.final_norm(x)
         kernel = (
             parameter(self.embedding, dtype).T if self.readout is None else parameter(self.readout, dtype)

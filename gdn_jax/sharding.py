@@ -5,7 +5,7 @@ held to it where XLA could choose otherwise; the gated delta rule, which is opaq
 along a split sequence run in a `jax.shard_map`.
 
 The mesh is the one in context (`jax.set_mesh`, or `jax.sharding.use_abstract_mesh` inside jit). Its axes are
-known by name; on a mesh with other names call the mixer inside a `jax.shard_map` of your own.
+known by name, and of type Auto; on a mesh with other names call the mixer inside a `jax.shard_map` of your own.
 """
 
 import functools
@@ -90,9 +90,14 @@ def free_axes() -> dict[str, int]:
 def _automatic_axes() -> set[str]:
     """All that are left to XLA: inside a `shard_map` of ours none may be, since kernels cannot be partitioned."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
-    }
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = [name for name, kind in kinds.items() if kind == AxisType.Explicit and mesh.shape[name] > 1]
+    if explicit:
+        raise ValueError(
+            f"mesh axes must be of type Auto, or manual inside jax.shard_map; got Explicit {', '.join(explicit)}, as "
+            f"jax.make_mesh makes them. Give it axis_types=(jax.sharding.AxisType.Auto,) * {len(kinds)}."
+        )
+    return {name for name, kind in kinds.items() if kind == AxisType.Auto}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -281,6 +281,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"beta_max must be in \(0, 2\]; got 3"):
             gated_delta_rule_from_gates(*operands_, jnp.zeros(2), jnp.zeros(2), beta_max=3.0)
 
+    def test_an_explicit_mesh(self):
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+        x = small()
+        x["v"] = jax.device_put(x["v"], jax.NamedSharding(mesh, P("x")))
+        with (
+            jax.set_mesh(mesh),
+            pytest.raises(ValueError, match=r"v must not be split over .* Explicit.*Auto"),
+        ):
+            jax.eval_shape(lambda x: gated_delta_rule(**x), x)
+
     def test_step(self):
         x = {name: y if name == "initial_state" else y[:, 0] for name, y in small().items()}
         state = x.pop("initial_state")

@@ -201,6 +201,29 @@ def test_intermediates_do_not_change_the_logits(model):
     assert float(jnp.min(jnp.sum(grad**2, axis=(1, 2, 3, 4)))) > 0
 
 
+@pytest.mark.parametrize("name", ["beta", "state", "logits", "nonsense"])
+def test_a_perturbation_that_would_do_nothing_is_refused(model, name):
+    with pytest.raises(ValueError, match=rf"go on with; got {name}\. Use .*gate_b"):
+        jax.eval_shape(
+            lambda x: model.with_intermediates(jnp.zeros((1, 4), jnp.int32), None, {name: x})[0],
+            jnp.zeros((CONFIG.num_layers, 1, 4, 2)),
+        )
+
+
+def test_a_mesh_of_explicit_axes_is_refused(model, mixer):
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=r"got Explicit data.*AxisType.Auto"),
+    ):
+        jax.eval_shape(model, jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=r"got Explicit data.*AxisType.Auto"),
+    ):
+        jax.eval_shape(mixer, jax.ShapeDtypeStruct((2, 4, CONFIG.width), jnp.float32))
+
+
 def test_tied_embedding_is_its_own_readout():
     tied = GDNLanguageModel(dataclasses.replace(CONFIG, tie_embedding=True), rngs=nnx.Rngs(0))
     tokens = jnp.arange(8)[None] % CONFIG.vocab_size

@@ -60,7 +60,8 @@ def gated_delta_rule(
         initial_state: the state before the first token; None is zero.
         segment_ids: packed documents, int32: a change resets the state; 0 is padding, which leaves o = 0 and
             the state as it is, and whose values (NaN too) are ignored. The initial state enters the first
-            segment.
+            segment. Other values must be finite: one that is not spreads through its chunk and past a reset, but in
+            "reference".
         scale: of the output; None is K^−½. A float or a (traced) scalar.
         qk_norm_eps: if set, q and k are L2-normalised inside: x / sqrt(Σ x² + eps).
         return_final_state: also return the state after the last valid token.
@@ -75,7 +76,8 @@ def gated_delta_rule(
         o in the dtype of v, and the final state in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a value out of range, an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, operands split over a mesh axis of type
+            Explicit; outside `jax.jit` and the like, where values are known, one out of range.
         NotImplementedError: an implementation or option that is not built yet.
     """
     check_sequence(q, k, v, log_decay, beta, "log_decay", "beta", initial_state, segment_ids)
@@ -132,7 +134,8 @@ def gated_delta_rule_from_gates(
         o and the final state or None, as in `gated_delta_rule`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a value out of range, an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, operands split over a mesh axis of type
+            Explicit; outside `jax.jit` and the like, where values are known, one out of range.
         NotImplementedError: an implementation or option that is not built yet.
     """
     check_sequence(q, k, v, a, b, "a", "b", initial_state, segment_ids)
@@ -168,7 +171,7 @@ def gated_delta_step(
         state: the state before the token. A row that begins a new document must come as zeros.
         scale: of the output; None is K^−½.
         qk_norm_eps: if set, q and k are L2-normalised inside.
-        active: False leaves a row's state as it is, with o = 0, whatever its other inputs hold.
+        active: False leaves a row's state, if it is finite, as it is, with o = 0, whatever its other inputs hold.
         implementation: "mosaic_tpu", one kernel, which changes the state in place: donate it, or hand it on in a
             loop, lest it be copied first. All others compute one token the same way. None: the kernel on TPUs.
 
@@ -176,7 +179,8 @@ def gated_delta_step(
         o in the dtype of v, and the state after the token in float32 (float64).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a value out of range, an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, operands split over a mesh axis of type
+            Explicit; outside `jax.jit` and the like, where values are known, one out of range.
         NotImplementedError: an implementation that is not built yet.
     """
     check_step(q, k, v, log_decay, beta, state, active)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +23,16 @@ def _require_shape(name: str, x: Array, axes: str, shape: tuple[int, ...]) -> No
 
 
 def _require_float(**arrays: Array | None) -> None:
+    """And no array whose type says how it is split: the ops leave that to XLA, or to a `shard_map` around."""
     for name, x in arrays.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point; got {x.dtype}. Cast it, e.g. to float32.")
+        split = () if x is None else jax.typeof(x).sharding.spec
+        if any(axes is not None for axes in split):
+            raise ValueError(
+                f"{name} must not be split over mesh axes of type Explicit; got {split}. Make the mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,) * (number of its axes), or call this inside jax.shard_map."
+            )
 
 
 def _require_rank(name: str, x: Array, axes: str) -> None:
