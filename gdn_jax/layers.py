@@ -17,7 +17,7 @@ from gdn_jax.mup.rules import Rules, init_scale, param_rule
 from gdn_jax.mup.spec import ParamSpec, Role
 from gdn_jax.params import make_param
 from gdn_jax.sharding import over_time, parameter
-from kernels_pallas.gated_delta_rule.reference import segment_masks
+from kernels_pallas import segment_masks
 
 # Parameters that one layer draws keys for; the mixer has 14.
 _MAX_PARAMS = 16

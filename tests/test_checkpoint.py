@@ -114,6 +114,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert _steps(tmp_path) == [2, 4, 5]
 
 
+def test_a_validation_that_was_not_finite_is_not_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=1)
+    checkpoints.scores.update({1: 3.0, 2: float("nan"), 3: 2.0})
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, _state(step), {"next_index": step}, CONFIG)
+    checkpoints.close()
+    assert _steps(tmp_path) == [3, 4]
+
+
 def test_half_a_save_is_none(tmp_path):
     _saved(tmp_path, 1)
     for left in ("2.partial", "3.partial.orbax-checkpoint-tmp"):

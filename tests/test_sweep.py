@@ -49,7 +49,10 @@ def test_rates():
     assert parse_rates(("0.1", "0.01", "0.1")) == (0.01, 0.1)
     # Ranges that begin on a half octave meet those that do not, exactly.
     assert set(parse_rates(("2^-8.5..2^-3.5",))) <= set(parse_rates(("2^-9..2^-3",)))
-    assert parse_rates(("0.001..0.004",))[0] == 0.001
+    assert parse_rates(("0.01..0.02",)) == pytest.approx((0.01, 0.01 * 2**0.5, 0.02), rel=1e-15)
+    # No further than the end.
+    assert parse_rates(("2^-8..2^-7.2",)) == (2**-8, 2**-7.5)
+    assert parse_rates(("0.01..0.017",))[-1] < 0.017
     for wrong, message in (
         ("0", "positive and finite; got 0"),
         ("-1", "positive and finite; got -1"),

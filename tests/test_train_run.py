@@ -138,6 +138,29 @@ def test_another_configuration_is_refused_unless_told(uninterrupted):
         _train(folder, "changed", stop_at=8)
 
 
+def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_was(uninterrupted):
+    folder, _ = uninterrupted
+    _train(folder, "kept", stop_at=5)
+    with pytest.raises(ValueError, match=r"checkpoint 5 .* is of another model"):
+        _train(folder, "kept", KeepOptions(allow_changes=True), width=24)
+    said = []
+    _train(folder, "kept", say=said.append, stop_at=6)
+    assert said[0] == "going on from step 5 of 60"
+
+
+def test_processes_that_were_started_otherwise_are_refused(uninterrupted, monkeypatch):
+    folder, _ = uninterrupted
+
+    def gather(value):
+        return [value, value | {"run": value["run"] | {"learning_rate": 0.5}}]
+
+    monkeypatch.setattr("train.processes.gather", gather)
+    with pytest.raises(
+        ValueError, match=r"process 1 has another configuration .*\(run.learning_rate 0.02 -> 0.5\)"
+    ):
+        _train(folder, "unequal", stop_at=1)
+
+
 def test_another_corpus_is_refused(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     data = tiny.data_config(tmp_path)

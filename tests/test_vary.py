@@ -175,3 +175,17 @@ def test_rows_without_a_decay_have_the_configured_one_or_are_refused(tmp_path):
         read_rows(tmp_path / "rows.jsonl")
     (tmp_path / "sweep.json").write_text(json.dumps({"optimizer": {"weight_decay": 0.25}}))
     assert [row["weight_decay"] for row in read_rows(tmp_path / "rows.jsonl")] == [0.25, 0.5]
+
+
+def test_no_decay_beside_another_is_reported(tmp_path):
+    rows = list(_rows(tmp_path, vary=("weight_decay=0.5,0.125",)))
+    del rows[0]["weight_decay"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sweep.json").write_text(json.dumps({"optimizer": {"weight_decay": 0.0}}))
+    report = analyse(read_rows(tmp_path / "rows.jsonl"))
+    assert report["abscissa"] == "learning_rate"
+    assert set(report["presets"]) == {
+        "mup, weight_decay 0",
+        "mup, weight_decay 0.125",
+        "mup, weight_decay 0.5",
+    }

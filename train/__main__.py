@@ -204,7 +204,8 @@ def _one_line(box: str) -> str:
 def _run(command: Any) -> int:
     from rich.console import Console
 
-    console = Console()
+    # A path in brackets is no markup.
+    console = Console(markup=False)
     match command:
         case ShowRulesCommand():
             from train.show_rules import show_rules
@@ -264,7 +265,7 @@ def _report(directory: pathlib.Path, console: Any) -> int:
 
     report = write_report(directory)
     console.print(table(report))
-    console.print(f"picture: {directory / 'transfer.png'}")
+    console.print(f"picture: {directory / 'transfer.png'}", soft_wrap=True)
     return 0
 
 

@@ -6,6 +6,7 @@ by itself restores flipped bytes silently.
 """
 
 import concurrent.futures
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -122,7 +123,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self._steps()
-        scored = sorted((self.scores[step], step) for step in steps if step in self.scores)
+        scored = sorted(
+            (self.scores[step], step) for step in steps if math.isfinite(self.scores.get(step, math.nan))
+        )
         kept = {*steps[-self._keep :], *(step for _, step in scored[: self._keep_best])}
         for step in steps:
             if step not in kept:

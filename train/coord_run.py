@@ -111,7 +111,7 @@ def run_coord_check(
         rows = _measure_missing(options, configs, optimizer, probe, shared, known, console)
         analysis = write_coord_report(rows, options.out)
     print_coord(analysis, console)
-    console.print(f"picture: {options.out / 'coord.png'}")
+    console.print(f"picture: {options.out / 'coord.png'}", soft_wrap=True)
     return 0 if analysis["passed"] else 1
 
 

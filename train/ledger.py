@@ -102,18 +102,22 @@ def check_identity(
         if changes:
             write_atomically(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
             return fingerprint(config)
-        old, new = _flatten(before), _flatten(json.loads(json.dumps(config)))
-        changed = [
-            f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-            for key in sorted(old | new)
-            if old.get(key) != new.get(key)
-        ]
         raise ValueError(
-            f"{folder} was begun with another configuration ({'; '.join(changed[:4])}"
-            f"{'; …' if len(changed) > 4 else ''}); use those values, or another --out"
-            f"{f', or {option} to go on with these' if option else ''}."
+            f"{folder} was begun with another configuration ({differences(before, config)}); use those values, or "
+            f"another --out{f', or {option} to go on with these' if option else ''}."
         )
     return fingerprint(config)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Up to four values that two configurations have different, each as ``name 1 -> 2``; "" where they are equal."""
+    old, new = (_flatten(json.loads(json.dumps(config))) for config in (before, after))
+    changed = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
+    return "; ".join(changed[:4]) + ("; …" if len(changed) > 4 else "")
 
 
 class Ledger:

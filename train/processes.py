@@ -6,11 +6,13 @@ the main thread trains. In a single process everything here is free.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed
+
+from train.ledger import differences
 
 # How long a process waits for another that is still hashing, compiling or reading the corpus.
 _TIMEOUT_MS = 3600 * 1000
@@ -51,6 +53,21 @@ def on_first[T](fn: Callable[[], T]) -> T:
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["value"]
+
+
+def require_equal(config: Mapping[str, Any]) -> None:
+    """Refuses, on every process, what is not the same on all of them; call it on each, from the main thread.
+
+    Raises:
+        ValueError: another process has another command, corpus or code; the message names the differences.
+    """
+    of_first, *others = gather(config)
+    for process, other in enumerate(others, 1):
+        if changed := differences(of_first, other):
+            raise ValueError(
+                f"process {process} has another configuration than process 0 ({changed}); give all processes the same "
+                "command and the same corpus."
+            )
 
 
 def gather[T](value: T) -> list[T]:

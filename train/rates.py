@@ -10,6 +10,8 @@ import tyro
 from train.config import check_learning_rate
 
 OCTAVE_STEP = 0.5
+# Of logarithms, in steps.
+_ROUNDING = 1e-9
 
 
 def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[float, ...]:
@@ -23,10 +25,13 @@ def parse_rates(texts: Sequence[str], flag: str = "--learning-rates") -> tuple[f
         start, end = _rate(low, flag), _rate(high, flag)
         if start > end:
             raise ValueError(f"{flag} range must ascend; got {text!r}. Use {high}..{low}.")
-        count = round(math.log2(end / start) / OCTAVE_STEP)
-        first = round(math.log2(start), 9)
-        # By their exponents: 2^-8.5 times the root of two is not 2^-8, and a sweep would run both.
-        rates |= {start, *(2.0 ** (first + OCTAVE_STEP * i) for i in range(1, count + 1))}
+        count = math.floor(math.log2(end / start) / OCTAVE_STEP + _ROUNDING)
+        first = round(math.log2(start) / OCTAVE_STEP)
+        if abs(math.log2(start) / OCTAVE_STEP - first) < _ROUNDING:
+            # By their exponents: 2^-8.5 times the root of two is not 2^-8, and a sweep would run both.
+            rates |= {2.0 ** (OCTAVE_STEP * (first + i)) for i in range(count + 1)}
+        else:
+            rates |= {start * 2.0 ** (OCTAVE_STEP * i) for i in range(count + 1)}
     return tuple(sorted(rates))
 
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from train.ledger import CONFIG_FILE, POINT_KEYS
-from train.vary import LEARNING_RATE, VARIED, same, with_all_values
+from train.vary import LEARNING_RATE, VARIED, WEIGHT_DECAY, same, with_all_values
 
 Rows = list[dict[str, Any]]
 
@@ -88,7 +88,8 @@ def check_rows(rows: Rows) -> Rows:
             value = row[key]
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ValueError(f"row {number}: {key} must be a number; got {value!r}")
-            if not (value > 0 and math.isfinite(value)):
+            # A row of a sweep that varied nothing has the configured decay, which may be none.
+            if not ((value > 0 or (key == WEIGHT_DECAY and value == 0)) and math.isfinite(value)):
                 raise ValueError(f"row {number}: {key} must be positive and finite; got {value!r}")
         loss, stopped = row["val_loss"], row["diverged_at_step"]
         if loss is not None and not (isinstance(loss, (int, float)) and math.isfinite(loss)):

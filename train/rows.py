@@ -121,8 +121,9 @@ def shared_rows(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[Row
     """The ledger in a folder, for all processes; from the main thread of each.
 
     Raises:
-        ValueError: the folder holds another configuration, or a damaged line.
+        ValueError: the folder, or another process, has another configuration, or there is a damaged line.
     """
+    processes.require_equal(config)
     opened: list[Ledger] = []
 
     def read() -> list[dict[str, Any]]:

@@ -80,6 +80,7 @@ def run_training(
         with contextlib.ExitStack() as held:
             run = _Run(options, keep, setup, meshes.build_mesh(setup.shape), stop, say)
             held.enter_context(disk_full_said(options.out, run.kept))
+            processes.require_equal(setup.identity)
             processes.on_first(lambda: _take_folder(options.out, setup.identity, keep.allow_changes, held))
             return run.train()
 
@@ -89,7 +90,8 @@ def _take_folder(
 ) -> None:
     make_writable(out)
     held.enter_context(only_process(out))
-    check_identity(out, CONFIG_FILE, run_identity, changes=changes, option="--allow-changes")
+    if not changes:
+        check_identity(out, CONFIG_FILE, run_identity, option="--allow-changes")
 
 
 @dataclasses.dataclass
@@ -138,6 +140,11 @@ class _Run:
             return summary
         try:
             compiled, state, position = self._begin(checkpoints, first)
+            if self.keep.allow_changes:
+                # Not before: a checkpoint of another model leaves the folder as it was.
+                processes.on_first(
+                    lambda: check_identity(options.out, CONFIG_FILE, self.setup.identity, changes=True)
+                )
             if first >= last:
                 self.say(f"already at step {first}; nothing to do")
             else:

@@ -92,16 +92,18 @@ def with_all_values(
 def abscissa(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a figure of these rows is drawn against.
 
-    The learning rate where any other setting was run with several; else what has the most values.
+    The learning rate where any other setting was run with several; else what has the most values, all of them above 0.
     """
     varied = varied_names(rows)
     places: dict[tuple[Any, ...], set[float]] = {}
     for row in rows:
         setting = (row["preset"], row["width"], *(row[name] for name in varied))
         places.setdefault(setting, set()).add(row[LEARNING_RATE])
-    if not varied or any(len(rates) > 1 for rates in places.values()):
+    # No decay has no place on a logarithmic axis.
+    possible = [name for name in varied if all(row[name] > 0 for row in rows)]
+    if not possible or any(len(rates) > 1 for rates in places.values()):
         return LEARNING_RATE
-    return max(varied, key=lambda name: len({row[name] for row in rows}))
+    return max(possible, key=lambda name: len({row[name] for row in rows}))
 
 
 def varied_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
