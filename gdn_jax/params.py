@@ -90,18 +90,27 @@ def stack_layers[M: nnx.Module](make_layer: Callable[[jax.Array], M], keys: jax.
     """Makes ``len(keys)`` layers as one module whose parameters have a leading ``layers`` axis.
 
     ``nnx.vmap`` stacks the values but not the axis names; this adds them.
+
+    Args:
+        make_layer: PRNG key of a layer to the layer, its parameters declared.
+        keys: PRNG keys, one per layer.
+
+    Raises:
+        ValueError: a parameter was never declared, or is not of the shape that it was declared with.
     """
     stacked = nnx.vmap(make_layer)(keys)
-    count = keys.shape[0]
-    for _, variable in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
-        spec = variable.get_metadata("spec")
-        assert variable.shape == (count, *spec.sizes), "a stacked parameter has one dimension more"
-    for _, node in nnx.iter_graph(stacked):
-        if isinstance(node, nnx.Param):
-            spec = node.get_metadata("spec")
-            node.set_metadata(
-                spec=dataclasses.replace(spec, axes=(ax.LAYERS, *spec.axes), sizes=(count, *spec.sizes))
-            )
+    params = {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(stacked)
+        if isinstance(node, nnx.Param)
+    }
+    specs = _require_declared({path: param.get_metadata().get("spec") for path, param in params.items()})
+    _require_shapes(specs, {path: param.shape[1:] for path, param in params.items()})
+    for path, param in params.items():
+        spec = specs[path]
+        param.set_metadata(
+            spec=dataclasses.replace(spec, axes=(ax.LAYERS, *spec.axes), sizes=(len(keys), *spec.sizes))
+        )
     return stacked
 
 
@@ -116,7 +125,9 @@ def declared(
     """A Linen initializer whose parameter carries its declaration, as ``nn.with_partitioning`` carries names.
 
     ``nn.Dense(64, kernel_init=declared(init, ("embed", "mlp"), in_axes=("embed",), ...))``. The initial
-    scale is the initializer's; read the declarations with ``param_specs`` before ``nn.unbox``.
+    scale is the initializer's; read the declarations with ``param_specs`` before ``nn.unbox``. They do not survive
+    ``nn.scan`` and ``nn.vmap``: Flax has no hook there. Stack NNX layers (:func:`stack_layers`) inside
+    ``nnx.bridge.ToLinen`` in their place.
 
     Args:
         initializer: ``(key, shape, dtype) -> array``.
@@ -145,7 +156,8 @@ def param_specs(params: Any) -> Any:
         From a module a nested dict, else a tree like ``params``.
 
     Raises:
-        ValueError: a parameter was never declared; the message names all of them.
+        ValueError: parameters were never declared, or have another shape than they were declared with (layers
+            stacked by ``nnx.vmap`` or ``nn.scan``); the message names all of them.
     """
     if isinstance(params, nnx.Module):
         params = nnx.traversals.unflatten_mapping(dict(nnx.to_flat_state(nnx.state(params, nnx.Param))))
@@ -159,16 +171,36 @@ def param_specs(params: Any) -> Any:
         return x.metadata.get("spec") if isinstance(x, nnx.bridge.NNXMeta) else None
 
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
-    _require_declared(
-        {jax.tree_util.keystr(path, simple=True, separator="/"): spec_of(x) for path, x in flat}
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+    specs = _require_declared({path: spec_of(x) for path, x in named.items()})
+    _require_shapes(
+        specs,
+        {path: x.value.shape if isinstance(x, nnx.bridge.NNXMeta) else x.shape for path, x in named.items()},
     )
     return jax.tree.map(spec_of, params, is_leaf=is_param)
 
 
-def _require_declared(specs: Mapping[str, ParamSpec | None]) -> None:
-    missing = [path for path, spec in specs.items() if not isinstance(spec, ParamSpec)]
+def _require_declared(specs: Mapping[str, ParamSpec | None]) -> dict[str, ParamSpec]:
+    declared = {path: spec for path, spec in specs.items() if isinstance(spec, ParamSpec)}
+    missing = [path for path in specs if path not in declared]
     if missing:
         raise ValueError(
             f"every parameter must be declared with axes and a role; {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not. Use gdn_jax.declare (NNX) or gdn_jax.declared (Linen)."
+        )
+    return declared
+
+
+def _require_shapes(specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{path} was declared with {spec.sizes} and has {shapes[path]}"
+        for path, spec in specs.items()
+        if spec.sizes != shapes[path]
+    ]
+    if wrong:
+        raise ValueError(
+            f"a parameter must have the shape that it was declared with; {', '.join(wrong)}. Stack layers with "
+            "gdn_jax.stack_layers: nnx.vmap leaves declarations as they were. So do Linen's nn.scan and nn.vmap, which "
+            "cannot carry them: stack NNX layers inside nnx.bridge.ToLinen, or make Linen layers one by one (they get "
+            "no depth factors)."
         )
