@@ -5,6 +5,7 @@ declaration (:class:`ParamSpec`) by pure functions; no code matches on parameter
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,20 +42,13 @@ def make_param(
         init_scale: standard deviation as a function of the spec; may be traced.
 
     Raises:
-        ValueError: an axis is unknown or not part of ``axes``.
+        ValueError: an axis is unknown, or what :func:`declare` refuses.
     """
-    foreign = sorted((set(in_axes) | set(out_axes)) - set(axes))
-    if foreign:
-        raise ValueError(f"in_axes and out_axes must be among axes {axes}; got {', '.join(foreign)} besides.")
     unknown = sorted(set(axes) - set(sizes))
     if unknown:
         raise ValueError(f"axes must be among {', '.join(sorted(sizes))}; got {', '.join(unknown)}.")
     shape = tuple(sizes[axis] for axis in axes)
-    fan_axes = (ax.CONV,) if role is Role.CONV else in_axes
-    fan_in = 1
-    for axis in fan_axes:
-        fan_in *= sizes[axis]
-    spec = ParamSpec(axes, in_axes, out_axes, role, fan_in, shape)
+    spec = _checked_spec(shape, axes, in_axes, out_axes, role)
     value = initializer(key, shape, jnp.float32)
     if role in RANDOM_ROLES:
         value = value * init_scale(spec)
@@ -73,17 +67,54 @@ def declare(
 
     The value is left as it is: initialising it at the scale that the rules ask for is the caller's task.
 
+    Axes have names of their own, and a learning rate follows from how much they grow. Of a square matrix from the
+    model width to itself (``nnx.Linear(D, D)``) declare ``("embed", "mlp")``: ``GDNConfig.widen`` grows both alike.
+
+    Args:
+        param: the parameter.
+        axes: name of each dimension.
+        in_axes: axes summed over.
+        out_axes: axes produced.
+        role: row of the rule table.
+
     Raises:
-        ValueError: the number of axes is not the parameter's rank.
+        ValueError: axes that are not one name per dimension, in or out axes that are not among them or are named
+            twice, an unknown role, or a convolution without ``conv``.
     """
-    shape = param.shape
+    param.set_metadata(spec=_checked_spec(tuple(param.shape), axes, in_axes, out_axes, role))
+
+
+def _checked_spec(
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    role: Role,
+) -> ParamSpec:
     if len(axes) != len(shape):
         raise ValueError(f"axes must name each dimension of a parameter of shape {shape}; got {axes}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axes must be different names, since in and out axes are told apart by them; got {axes}. Of a square "
+            f"matrix from the model width to itself make it {(ax.EMBED, ax.MLP)}: GDNConfig.widen grows both alike."
+        )
+    acting = (*in_axes, *out_axes)
+    foreign = sorted(set(acting) - set(axes))
+    if foreign:
+        raise ValueError(f"in_axes and out_axes must be among axes {axes}; got {', '.join(foreign)} besides.")
+    if len(set(acting)) < len(acting):
+        raise ValueError(
+            f"an axis must be in in_axes or in out_axes, and once; got {in_axes} and {out_axes}. "
+            "Of a gain or a bias it is an out axis."
+        )
+    if role not in Role:
+        raise ValueError(f"role must be one of {', '.join(Role)}; got {role!r}.")
+    if role == Role.CONV and ax.CONV not in axes:
+        raise ValueError(f"axes of role {Role.CONV} must have {ax.CONV!r}, that of the taps; got {axes}.")
     sizes = dict(zip(axes, shape, strict=True))
-    fan_in = 1
-    for axis in (ax.CONV,) if role is Role.CONV else in_axes:
-        fan_in *= sizes[axis]
-    param.set_metadata(spec=ParamSpec(axes, in_axes, out_axes, role, fan_in, tuple(shape)))
+    fan_in = math.prod(sizes[axis] for axis in ((ax.CONV,) if role == Role.CONV else in_axes))
+    # A role may come as its name; rules ask for the member.
+    return ParamSpec(axes, in_axes, out_axes, Role(role), fan_in, shape)
 
 
 def stack_layers[M: nnx.Module](make_layer: Callable[[jax.Array], M], keys: jax.Array) -> M:
@@ -135,6 +166,9 @@ def declared(
         in_axes: axes summed over.
         out_axes: axes produced.
         role: row of the rule table.
+
+    Raises:
+        ValueError: when a parameter is initialised, as :func:`declare` does.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:

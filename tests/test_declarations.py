@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from gdn_jax import GDNConfig, declare, declared, mup, param_specs, stack_layers
+from gdn_jax import GDNConfig, declare, declared, make_param, mup, param_specs, stack_layers, static_rules
 
 BASE = GDNConfig(
     width=8, num_key_heads=2, num_value_heads=2, key_dim=4, value_dim=4, mlp_width=16, num_layers=4
@@ -115,3 +116,90 @@ def test_stack_layers_names_what_is_not_declared():
         stack_layers(
             lambda key: Stack(nnx.vmap(Layer), rngs=nnx.Rngs(key)), jax.random.split(jax.random.key(0), 2)
         )
+
+
+def by_declare(shape, axes, **declaration):
+    param = nnx.Param(jnp.zeros(shape))
+    declare(param, axes, **declaration)
+    return param.get_metadata("spec")
+
+
+def by_make_param(shape, axes, **declaration):
+    ones = jax.nn.initializers.ones
+    scale = {"init_scale": lambda spec: 1.0}
+    sizes = dict(zip(axes, shape, strict=True))
+    return make_param(jax.random.key(0), ones, sizes, axes, **declaration, **scale).get_metadata("spec")
+
+
+def by_declared(shape, axes, **declaration):
+    return declared(nn.initializers.ones, axes, **declaration)(jax.random.key(0), shape).metadata["spec"]
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("make", [by_declare, by_make_param, by_declared])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"axes": ("embed", "embed"), "out_axes": ("embed",)},
+            r"Of a square matrix .* make it \('embed', 'mlp'\)",
+        ),
+        ({"in_axes": ("key_dim",)}, "in_axes and out_axes must be among axes .*; got key_dim besides"),
+        ({"out_axes": ("heads",)}, "in_axes and out_axes must be among axes .*; got heads besides"),
+        (
+            {"out_axes": ("embed",)},
+            "in in_axes or in out_axes, and once; got .* Of a gain or a bias it is an out",
+        ),
+        ({"in_axes": ("embed", "embed")}, "in in_axes or in out_axes, and once"),
+        ({"role": "matrx"}, "role must be one of matrix, gate_matrix, .*; got 'matrx'"),
+        (
+            {"role": mup.Role.CONV},
+            r"axes of role conv must have 'conv', that of the taps; got \('embed', 'mlp'\)",
+        ),
+    ],
+)
+def test_wrong_declarations_are_refused(make, change, message):
+    right = {"axes": ("embed", "mlp"), "in_axes": ("embed",), "out_axes": ("mlp",), "role": mup.Role.MATRIX}
+    assert make((8, 8), **right).fan_out == 8
+    assert make((8, 8), **(right | {"role": "matrix"})).role is mup.Role.MATRIX
+    with pytest.raises(ValueError, match=message):
+        make((8, 8), **(right | change))
+
+
+@pytest.mark.parametrize("make", [by_declare, by_declared])
+def test_axes_are_as_many_as_dimensions(make):
+    with pytest.raises(ValueError, match=r"each dimension of a parameter of shape \(4, 8, 8\)"):
+        make((4, 8, 8), ("embed", "mlp"), in_axes=("embed",), out_axes=("mlp",), role=mup.Role.MATRIX)
+
+
+@pytest.mark.parametrize("regime", ["heads", "head_dim"])
+def test_a_square_matrix_declared_as_advised_scales_as_a_matrix(regime):
+    class Host(nnx.Module):
+        def __init__(self, width):
+            self.square = nnx.Linear(width, width, use_bias=False, rngs=nnx.Rngs(0))
+            declare(
+                self.square.kernel,
+                ("embed", "mlp"),
+                in_axes=("embed",),
+                out_axes=("mlp",),
+                role=mup.Role.MATRIX,
+            )
+
+    config = BASE.widen(32, regime)
+    host = Host(config.width)
+    specs = param_specs(host)
+    spec = specs["square"]["kernel"]
+    assert (spec.fan_in, spec.fan_out) == (32, 32)
+    # By hand, four times the base: 1/sqrt(fan_in); 1 under SGD, 1/4 under AdamW; under Muon, whose update's spectral
+    # norm is to stay, 1/sqrt(4).
+    for optimizer, rate in (("sgd", 1.0), ("adamw", 0.25), ("muon", 0.5)):
+        (rule,) = static_rules(host, config, optimizer).groups.values()
+        assert (rule.init_std, rule.lr_multiplier) == pytest.approx((32**-0.5, rate)), optimizer
+    # Muon's update is that of the plain matrix, times 0.2 sqrt(32) and the learning rates.
+    transform = mup.muon(0.1, specs, static_rules(host, config, "muon"), clip_norm=None)
+    gradient = jax.random.normal(jax.random.key(1), (32, 32))
+    plain = optax.contrib.scale_by_muon(weight_dimension_numbers=optax.contrib.MuonDimensionNumbers())
+    expected = plain.update(gradient, plain.init(gradient), gradient)[0]
+    tree = {"square": {"kernel": gradient}}
+    update = transform.update(tree, transform.init(tree), tree)[0]["square"]["kernel"]
+    np.testing.assert_allclose(update, -0.1 * 0.5 * 0.2 * 32**0.5 * expected, rtol=1e-4, atol=1e-6)
