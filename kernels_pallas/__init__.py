@@ -5,5 +5,6 @@ from kernels_pallas.gated_delta_rule.api import (
     gated_delta_rule_from_gates,
     gated_delta_step,
 )
+from kernels_pallas.gated_delta_rule.choice import check_implementation
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_from_gates", "gated_delta_step"]
+__all__ = ["check_implementation", "gated_delta_rule", "gated_delta_rule_from_gates", "gated_delta_step"]
