@@ -18,7 +18,7 @@ from gdn_jax.mup.spec import ParamSpec, Role
 from gdn_jax.params import make_param
 from gdn_jax.sharding import over_time, parameter
 
-# Parameters that one layer draws keys for; the mixer has 14.
+# Parameters that one layer draws keys for; the mixer has 13.
 _MAX_PARAMS = 16
 
 unit_normal = jax.nn.initializers.normal(1.0)
