@@ -4,7 +4,7 @@ from gdn_jax import mup
 from gdn_jax.config import GDNConfig
 from gdn_jax.mixer import GatedDeltaNet, GDNCache
 from gdn_jax.model import Block, GDNLanguageModel, Multiplier, static_rules
-from gdn_jax.params import declare, declared, make_param, param_specs
+from gdn_jax.params import declare, declared, make_param, param_specs, stack_layers
 
 __all__ = [
     "Block",
@@ -18,5 +18,6 @@ __all__ = [
     "make_param",
     "mup",
     "param_specs",
+    "stack_layers",
     "static_rules",
 ]

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import numbers
 
 from gdn_jax.mup import axes as ax
 from gdn_jax.mup.rules import check_preset
+from kernels_pallas import check_implementation
 
 REGIMES = ("heads", "head_dim")
 
@@ -78,9 +80,7 @@ class GDNConfig:
             "width", "num_key_heads", "num_value_heads", "key_dim", "value_dim", "mlp_width", "num_layers",
             "vocab_size", "conv_size",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+            _check_size(name, getattr(self, name))
         if self.num_value_heads % self.num_key_heads:
             above = -(-self.num_value_heads // self.num_key_heads) * self.num_key_heads
             raise ValueError(
@@ -91,9 +91,14 @@ class GDNConfig:
             raise ValueError(f"compute_dtype must be float32 or bfloat16; got {self.compute_dtype!r}.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {self.remat!r}.")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive; got {self.norm_eps}.")
+        for name in ("norm_eps", "qk_norm_eps"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
+                raise ValueError(f"{name} must be a positive number; got {value!r}. Use 1e-6.")
+        check_implementation(self.implementation)
         check_preset(self.preset, self.optimizer)
+        if not isinstance(self.base, GDNConfig | None):
+            raise TypeError(f"base must be a GDNConfig or None; got {self.base!r}. base.widen(...) sets it.")
 
     @property
     def axis_sizes(self) -> dict[str, int]:
@@ -132,8 +137,7 @@ class GDNConfig:
         """
         if regime not in REGIMES:
             raise ValueError(f"regime must be one of {', '.join(REGIMES)}; got {regime!r}.")
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"width must be a positive integer; got {width!r}.")
+        _check_size("width", width)
         grown = ("num_key_heads", "num_value_heads") if regime == "heads" else ("key_dim", "value_dim")
         sizes = {}
         for name in (*grown, "mlp_width"):
@@ -145,3 +149,9 @@ class GDNConfig:
                 )
             sizes[name] = size
         return dataclasses.replace(self, width=width, base=self.base or self, **sizes)
+
+
+def _check_size(name: str, value: object) -> None:
+    # True is an int.
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}.")

@@ -19,7 +19,7 @@ from gdn_jax.params import make_param
 from gdn_jax.sharding import over_time, parameter
 from kernels_pallas import segment_masks
 
-# Parameters that one layer draws keys for; the mixer has 14.
+# Parameters that one layer draws keys for; the mixer has 13.
 _MAX_PARAMS = 16
 
 unit_normal = jax.nn.initializers.normal(1.0)

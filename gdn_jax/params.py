@@ -5,6 +5,7 @@ declaration (:class:`ParamSpec`) by pure functions; no code matches on parameter
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,20 +42,13 @@ def make_param(
         init_scale: standard deviation as a function of the spec; may be traced.
 
     Raises:
-        ValueError: an axis is unknown or not part of ``axes``.
+        ValueError: an axis is unknown, or what :func:`declare` refuses.
     """
-    foreign = sorted((set(in_axes) | set(out_axes)) - set(axes))
-    if foreign:
-        raise ValueError(f"in_axes and out_axes must be among axes {axes}; got {', '.join(foreign)} besides.")
     unknown = sorted(set(axes) - set(sizes))
     if unknown:
         raise ValueError(f"axes must be among {', '.join(sorted(sizes))}; got {', '.join(unknown)}.")
     shape = tuple(sizes[axis] for axis in axes)
-    fan_axes = (ax.CONV,) if role is Role.CONV else in_axes
-    fan_in = 1
-    for axis in fan_axes:
-        fan_in *= sizes[axis]
-    spec = ParamSpec(axes, in_axes, out_axes, role, fan_in, shape)
+    spec = _checked_spec(shape, axes, in_axes, out_axes, role)
     value = initializer(key, shape, jnp.float32)
     if role in RANDOM_ROLES:
         value = value * init_scale(spec)
@@ -73,35 +67,81 @@ def declare(
 
     The value is left as it is: initialising it at the scale that the rules ask for is the caller's task.
 
+    Axes have names of their own, and a learning rate follows from how much they grow. Of a square matrix from the
+    model width to itself (``nnx.Linear(D, D)``) declare ``("embed", "mlp")``: ``GDNConfig.widen`` grows both alike.
+
+    Args:
+        param: the parameter.
+        axes: name of each dimension.
+        in_axes: axes summed over.
+        out_axes: axes produced.
+        role: row of the rule table.
+
     Raises:
-        ValueError: the number of axes is not the parameter's rank.
+        ValueError: axes that are not one name per dimension, in or out axes that are not among them or are named
+            twice, an unknown role, or a convolution without ``conv``.
     """
-    shape = param.shape
+    param.set_metadata(spec=_checked_spec(tuple(param.shape), axes, in_axes, out_axes, role))
+
+
+def _checked_spec(
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    role: Role,
+) -> ParamSpec:
     if len(axes) != len(shape):
         raise ValueError(f"axes must name each dimension of a parameter of shape {shape}; got {axes}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axes must be different names, since in and out axes are told apart by them; got {axes}. Of a square "
+            f"matrix from the model width to itself make it {(ax.EMBED, ax.MLP)}: GDNConfig.widen grows both alike."
+        )
+    acting = (*in_axes, *out_axes)
+    foreign = sorted(set(acting) - set(axes))
+    if foreign:
+        raise ValueError(f"in_axes and out_axes must be among axes {axes}; got {', '.join(foreign)} besides.")
+    if len(set(acting)) < len(acting):
+        raise ValueError(
+            f"an axis must be in in_axes or in out_axes, and once; got {in_axes} and {out_axes}. "
+            "Of a gain or a bias it is an out axis."
+        )
+    if role not in Role:
+        raise ValueError(f"role must be one of {', '.join(Role)}; got {role!r}.")
+    if role == Role.CONV and ax.CONV not in axes:
+        raise ValueError(f"axes of role {Role.CONV} must have {ax.CONV!r}, that of the taps; got {axes}.")
     sizes = dict(zip(axes, shape, strict=True))
-    fan_in = 1
-    for axis in (ax.CONV,) if role is Role.CONV else in_axes:
-        fan_in *= sizes[axis]
-    param.set_metadata(spec=ParamSpec(axes, in_axes, out_axes, role, fan_in, tuple(shape)))
+    fan_in = math.prod(sizes[axis] for axis in ((ax.CONV,) if role == Role.CONV else in_axes))
+    # A role may come as its name; rules ask for the member.
+    return ParamSpec(axes, in_axes, out_axes, Role(role), fan_in, shape)
 
 
 def stack_layers[M: nnx.Module](make_layer: Callable[[jax.Array], M], keys: jax.Array) -> M:
     """Makes ``len(keys)`` layers as one module whose parameters have a leading ``layers`` axis.
 
     ``nnx.vmap`` stacks the values but not the axis names; this adds them.
+
+    Args:
+        make_layer: PRNG key of a layer to the layer, its parameters declared.
+        keys: PRNG keys, one per layer.
+
+    Raises:
+        ValueError: a parameter was never declared, or is not of the shape that it was declared with.
     """
     stacked = nnx.vmap(make_layer)(keys)
-    count = keys.shape[0]
-    for _, variable in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
-        spec = variable.get_metadata("spec")
-        assert variable.shape == (count, *spec.sizes), "a stacked parameter has one dimension more"
-    for _, node in nnx.iter_graph(stacked):
-        if isinstance(node, nnx.Param):
-            spec = node.get_metadata("spec")
-            node.set_metadata(
-                spec=dataclasses.replace(spec, axes=(ax.LAYERS, *spec.axes), sizes=(count, *spec.sizes))
-            )
+    params = {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(stacked)
+        if isinstance(node, nnx.Param)
+    }
+    specs = _require_declared({path: param.get_metadata().get("spec") for path, param in params.items()})
+    _require_shapes(specs, {path: param.shape[1:] for path, param in params.items()})
+    for path, param in params.items():
+        spec = specs[path]
+        param.set_metadata(
+            spec=dataclasses.replace(spec, axes=(ax.LAYERS, *spec.axes), sizes=(len(keys), *spec.sizes))
+        )
     return stacked
 
 
@@ -116,7 +156,9 @@ def declared(
     """A Linen initializer whose parameter carries its declaration, as ``nn.with_partitioning`` carries names.
 
     ``nn.Dense(64, kernel_init=declared(init, ("embed", "mlp"), in_axes=("embed",), ...))``. The initial
-    scale is the initializer's; read the declarations with ``param_specs`` before ``nn.unbox``.
+    scale is the initializer's; read the declarations with ``param_specs`` before ``nn.unbox``. They do not survive
+    ``nn.scan`` and ``nn.vmap``: Flax has no hook there. Stack NNX layers (:func:`stack_layers`) inside
+    ``nnx.bridge.ToLinen`` in their place.
 
     Args:
         initializer: ``(key, shape, dtype) -> array``.
@@ -124,6 +166,9 @@ def declared(
         in_axes: axes summed over.
         out_axes: axes produced.
         role: row of the rule table.
+
+    Raises:
+        ValueError: when a parameter is initialised, as :func:`declare` does.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
@@ -145,7 +190,8 @@ def param_specs(params: Any) -> Any:
         From a module a nested dict, else a tree like ``params``.
 
     Raises:
-        ValueError: a parameter was never declared; the message names all of them.
+        ValueError: parameters were never declared, or have another shape than they were declared with (layers
+            stacked by ``nnx.vmap`` or ``nn.scan``); the message names all of them.
     """
     if isinstance(params, nnx.Module):
         params = nnx.traversals.unflatten_mapping(dict(nnx.to_flat_state(nnx.state(params, nnx.Param))))
@@ -159,16 +205,36 @@ def param_specs(params: Any) -> Any:
         return x.metadata.get("spec") if isinstance(x, nnx.bridge.NNXMeta) else None
 
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_param)
-    _require_declared(
-        {jax.tree_util.keystr(path, simple=True, separator="/"): spec_of(x) for path, x in flat}
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+    specs = _require_declared({path: spec_of(x) for path, x in named.items()})
+    _require_shapes(
+        specs,
+        {path: x.value.shape if isinstance(x, nnx.bridge.NNXMeta) else x.shape for path, x in named.items()},
     )
     return jax.tree.map(spec_of, params, is_leaf=is_param)
 
 
-def _require_declared(specs: Mapping[str, ParamSpec | None]) -> None:
-    missing = [path for path, spec in specs.items() if not isinstance(spec, ParamSpec)]
+def _require_declared(specs: Mapping[str, ParamSpec | None]) -> dict[str, ParamSpec]:
+    declared = {path: spec for path, spec in specs.items() if isinstance(spec, ParamSpec)}
+    missing = [path for path in specs if path not in declared]
     if missing:
         raise ValueError(
             f"every parameter must be declared with axes and a role; {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not. Use gdn_jax.declare (NNX) or gdn_jax.declared (Linen)."
+        )
+    return declared
+
+
+def _require_shapes(specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [
+        f"{path} was declared with {spec.sizes} and has {shapes[path]}"
+        for path, spec in specs.items()
+        if spec.sizes != shapes[path]
+    ]
+    if wrong:
+        raise ValueError(
+            f"a parameter must have the shape that it was declared with; {', '.join(wrong)}. Stack layers with "
+            "gdn_jax.stack_layers: nnx.vmap leaves declarations as they were. So do Linen's nn.scan and nn.vmap, which "
+            "cannot carry them: stack NNX layers inside nnx.bridge.ToLinen, or make Linen layers one by one (they get "
+            "no depth factors)."
         )

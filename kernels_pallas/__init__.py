@@ -5,6 +5,13 @@ from kernels_pallas.gated_delta_rule.api import (
     gated_delta_rule_from_gates,
     gated_delta_step,
 )
+from kernels_pallas.gated_delta_rule.choice import check_implementation
 from kernels_pallas.gated_delta_rule.reference import segment_masks
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_from_gates", "gated_delta_step", "segment_masks"]
+__all__ = [
+    "check_implementation",
+    "gated_delta_rule",
+    "gated_delta_rule_from_gates",
+    "gated_delta_step",
+    "segment_masks",
+]

@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("NPROC", "8")
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,6 +49,14 @@ def optimized():
     yield
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def unchecked_annotations():
+    """The annotations, which only tests check, would refuse first: users meet the errors of ours."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -229,14 +228,6 @@ class TestChunks:
         for start, stop in ((20, 29), (31, 63)):
             between = (coarse[stop] - coarse[start]) + (fine[stop] - fine[start])
             assert abs(between + 0.01 * (stop - start)) < 1e-7
-
-
-@pytest.fixture
-def unchecked_annotations():
-    """The annotations, which only tests check, would refuse first: users meet the errors below."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_annotations")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 
 import jax
 import pytest
@@ -231,11 +232,35 @@ def test_inner_widths_that_lag_are_said_once(caplog):
         (lambda: GDNConfig(64, 4, 6, 16, 32, 128), "Use 8 value heads"),
         (lambda: GDNConfig(64, 2, 2, 16, 32, 0), "mlp_width must be a positive integer; got 0"),
         (lambda: GDNConfig(64, 2, 2, 16, 32, 128, compute_dtype="float16"), "compute_dtype must be"),
+        (lambda: GDNConfig(True, 2, 2, 16, 32, 128), "width must be a positive integer; got True"),
+        (lambda: BASE.widen(True, "heads"), "width must be a positive integer; got True"),
+        (lambda: dataclasses.replace(BASE, norm_eps=math.inf), "norm_eps must be a positive number; got inf"),
+        (
+            lambda: dataclasses.replace(BASE, qk_norm_eps=0.0),
+            "qk_norm_eps must be a positive number; got 0.0",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, qk_norm_eps=None),
+            "qk_norm_eps must be a positive number; got None",
+        ),
+        (lambda: dataclasses.replace(BASE, implementation="mosaic"), "one of .*'mosaic_tpu'.*; got 'mosaic'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_wrong_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_a_base_that_is_no_config_is_refused():
+    with pytest.raises(TypeError, match="base must be a GDNConfig or None; got 5"):
+        dataclasses.replace(BASE, base=5)
+
+
+def test_kernels_of_another_machine_may_be_configured():
+    for name in ("chunked", "reference", "mosaic_tpu", "mosaic_gpu", None):
+        assert dataclasses.replace(BASE, implementation=name).implementation == name
 
 
 def test_undeclared_parameters_are_named():

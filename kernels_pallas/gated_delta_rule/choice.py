@@ -25,6 +25,15 @@ def _log_choice(chosen: str, why: str) -> None:
     _LOG.info("gated_delta_rule: implementation=None takes %r: %s", chosen, why)
 
 
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError for a name that no implementation has; whether one can run here only a call knows."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}. "
+            "Use None for the best one that can."
+        )
+
+
 def choose(implementation: str | None, operands: Operands, inverse_precision: Any = None) -> str:
     """The name of the implementation that runs: the one asked for, or the best that can.
 
@@ -32,11 +41,7 @@ def choose(implementation: str | None, operands: Operands, inverse_precision: An
         ValueError: an unknown name.
         NotImplementedError: the one asked for cannot.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}. "
-            "Use None for the best one that can."
-        )
+    check_implementation(implementation)
     if implementation in ("chunked", "reference"):
         return implementation
     q, k, v = operands.q, operands.k, operands.v
