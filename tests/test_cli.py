@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     ledger = folder / "ledger"
     ledger.mkdir()
     (ledger / "sweep.json").write_text(json.dumps({"steps": 3}))
+    (ledger / "rows.jsonl").write_text("{}\n")
     for name, content in (("run", json.dumps({"steps": 3})), ("damaged", "{")):
         (folder / name).mkdir()
         (folder / name / "run.json").write_text(content)
@@ -131,6 +132,9 @@ WRONG = [
         "--sequence-length must be at least 2; got 1.",
     ),
     ("compile --topology v5e:16x16 --width 100", "Use a multiple of 32"),
+    ("train --out {0}/o --steps 3000000000", "--steps must be below 2^31; got 3000000000."),
+    ("train --out {0}/o --steps 5 --profile-steps 4..6", "--profile-steps must end by the last step (5)"),
+    ("sweep --out {0}/o --steps 3000000000", "--steps must be below 2^31; got 3000000000."),
     ("coord-check --out {0}/o --widths 64 128", "Use 64 128 256 512."),
     ("coord-check --out {0}/o --seeds 0", "--seeds must be at least 3"),
     ("coord-check --out {0}/o --learning-rate 0", "--learning-rate must be positive and finite; got 0."),

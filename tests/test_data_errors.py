@@ -94,6 +94,16 @@ def test_a_folder_without_texts_is_refused(config, tmp_path):
         prepare(dataclasses.replace(config, corpus=str(folder)))
 
 
+def test_a_folder_of_two_kinds_is_refused(config, tmp_path):
+    """A data set's card would be read in its place."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("A card.")
+    (folder / "data.jsonl").write_text('{"text": "One."}\n')
+    with pytest.raises(ValueError, match=r"2 kinds \(1 such as README.md, 1 such as data.jsonl\)"):
+        prepare(dataclasses.replace(config, corpus=str(folder)))
+
+
 def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused_with_the_largest_that_it_can(config):
     config = dataclasses.replace(config, tokenizer="bpe", vocab_size=10**6)
     with pytest.raises(ValueError, match="too small for more BPE merges; got 1000000") as caught:

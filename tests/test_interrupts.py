@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from train.__main__ import main
 from train.interrupts import Stopped, StopRequests, left_behind
 
 
@@ -16,18 +17,40 @@ def _signal_later(number, seconds):
     return timer
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_noted_until_a_tick(number):
     before = signal.getsignal(number)
     with StopRequests() as stop:
         assert not stop.tick()
         os.kill(os.getpid(), number)
         assert stop.tick()
-        # A scheduler may say it more than once.
-        os.kill(os.getpid(), number)
+        # A scheduler may say it more than once; who presses Ctrl-C again will not wait.
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        else:
+            signal.raise_signal(number)
         assert stop.stopped.number == number
         assert str(stop.stopped) == signal.Signals(number).name
     assert signal.getsignal(number) is before
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
+    for error in (
+        MemoryError("Unable to allocate 5 TiB"),
+        RuntimeError("INTERNAL: Out of memory allocating"),
+    ):
+
+        def run(command, error=error):
+            raise error
+
+        monkeypatch.setattr("train.__main__._run", run)
+        with pytest.raises(SystemExit) as stop:
+            main(["show-rules"])
+        assert stop.value.code == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"gdn: out of memory ({error})")
+        assert said.count("\n") == 1
 
 
 def test_at_once_where_there_is_nothing_to_save():

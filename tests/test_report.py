@@ -1,5 +1,6 @@
 """The sweep report against rows whose truth is planted."""
 
+import errno
 import io
 import json
 import random
@@ -11,6 +12,7 @@ import pytest
 from report_cases import BASE_OPTIMUM, WIDTHS, basin, half_octaves, ledger, row
 from rich.console import Console
 
+from train.faults import RunFailedError
 from train.report import analyse, read_rows, table, write_report
 
 
@@ -292,6 +294,8 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
         ([row(), row(val_loss=4.5)], "twice, with val_loss 4.0 and 4.5"),
         ([row(learning_rate=0.0)], "learning_rate must be positive and finite; got 0.0"),
         ([row(learning_rate=float("nan"))], "learning_rate must be positive"),
+        ([row(preset=3)], "preset must be a name and seed a whole number; got 3 and 0"),
+        ([row(seed=[1])], "seed a whole number; got 'mup'"),
         ([row(width="64")], "width must be a number; got '64'"),
         ([row(val_loss=float("nan"))], "val_loss must be a finite number"),
         ([row(val_loss=None)], "must be null exactly where diverged_at_step is not"),
@@ -303,6 +307,21 @@ def test_rows_that_cannot_be_judged_are_refused(tmp_path, rows, message):
         read_rows(ledger(tmp_path / "x", rows) / "rows.jsonl")
     with pytest.raises(ValueError, match=message):
         analyse(rows)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_report(tmp_path, monkeypatch):
+    folder = ledger(tmp_path / "x", basin("mup", 0.0))
+    write_report(folder)
+    before = (folder / "report.json").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.ledger.os.replace", full)
+    with pytest.raises(RunFailedError, match=r"no space left in .*; the rows are as they were"):
+        write_report(folder)
+    assert [path.name for path in sorted(folder.iterdir())] == ["report.json", "rows.jsonl", "transfer.png"]
+    assert (folder / "report.json").read_bytes() == before
 
 
 def test_a_missing_ledger_is_one_clear_line(tmp_path):

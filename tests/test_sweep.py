@@ -195,6 +195,15 @@ def test_more_seeds_repeat_nothing(finished):
     assert len((out / "rows.jsonl").read_text().splitlines()) == 12
 
 
+def test_an_attempt_that_ran_nothing_binds_no_folder(tmp_path):
+    Ledger(tmp_path, {"a": 1})
+    Ledger(tmp_path, {"a": 2})
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped/some.pack").write_bytes(b"half of a run")
+    with pytest.raises(ValueError, match="a 2 -> 3"):
+        Ledger(tmp_path, {"a": 3})
+
+
 def test_a_ledger_of_another_configuration_is_refused(finished):
     folder, options, _ = finished
     with pytest.raises(ValueError, match=r"another configuration \(data.batch_size 8 -> 4\)"):

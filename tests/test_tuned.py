@@ -14,7 +14,7 @@ import tiny
 from train import train_run
 from train.__main__ import main
 from train.data import prepare
-from train.ledger import check_identity
+from train.ledger import check_identity, fingerprint
 from train.report import analyse, read_rows
 from train.step import Program
 from train.sweep import identity
@@ -46,7 +46,7 @@ def sweep(folder, name, optima, *, preset="mup", seeds=(0,), grid=GRID, varied=N
                         "tokens": STEPS * 8 * 16,
                         "val_loss": 4 + 0.05 * (math.log2(rate) - optimum) ** 2,
                         "diverged_at_step": None,
-                        "config_fingerprint": "f",
+                        "config_fingerprint": fingerprint(config),
                         "code_version": "v",
                         "base_width": 8,
                     }
@@ -192,6 +192,14 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(train_run._Run, "train", trained)
     return begun
+
+
+def test_the_configuration_of_another_sweep_is_refused(folder):
+    mixed = sweep(folder, "mixed", {8: -6.0, 16: -6.0})
+    config = json.loads((mixed / "sweep.json").read_text())
+    (mixed / "sweep.json").write_text(json.dumps(config | {"steps": 5}))
+    with pytest.raises(ValueError, match="is not the configuration of the rows beside it"):
+        read_tuning(mixed, None, 16)
 
 
 def test_a_named_change_is_accepted_and_told(folder, no_training):

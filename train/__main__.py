@@ -22,7 +22,7 @@ from train.aot import CompileOptions
 from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
-from train.faults import RunFailedError
+from train.faults import RunFailedError, is_out_of_memory
 from train.interrupts import Stopped, leave
 from train.mesh import MeshOptions
 from train.show_rules import ShowRulesOptions
@@ -132,8 +132,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 128 + stopped.number
         leave(code)
     except KeyboardInterrupt:
-        print("gdn: interrupted; the same command goes on from here", file=sys.stderr)
+        print("gdn: interrupted; the same command goes on from what was saved", file=sys.stderr)
         code = 130
+        leave(code)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"gdn: out of memory ({str(error).splitlines()[0][:200]}); use a smaller width or batch, or in training "
+            "--accumulate or --model.remat, in a sweep fewer --points-per-device. What was saved is kept.",
+            file=sys.stderr,
+        )
+        code = 1
+        leave(code)
     sys.exit(code)
 
 

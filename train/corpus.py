@@ -75,9 +75,19 @@ def find_corpus(name: str) -> Corpus:
             f"got {name!r}, which does not exist. Check the path."
         )
     if path.is_dir():
+        found = {"documents": _files_under(path, TEXT_SUFFIXES)}
         for kind in ("parquet", "array_record", "jsonl"):
             suffixes = tuple(suffix for suffix, of_kind in _RECORD_KINDS.items() if of_kind == kind)
-            if not _files_under(path, TEXT_SUFFIXES) and (files := _files_under(path, suffixes)):
+            found[kind] = _files_under(path, suffixes)
+        found = {kind: files for kind, files in found.items() if files}
+        if len(found) > 1:
+            examples = ", ".join(f"{len(files)} such as {files[0].name}" for files in found.values())
+            raise ValueError(
+                f"corpus {name!r} holds files of {len(found)} kinds ({examples}); which is the text? Name one file, "
+                "or a folder of one kind."
+            )
+        for kind, files in found.items():
+            if kind != "documents":
                 return Corpus(name, kind, files)
         return Corpus(name, "documents", _text_files_under(name, path))
     if not path.is_file():

@@ -28,6 +28,12 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an array did not fit, on a device or on the host."""
+    # What XLA says has no class of its own, and one of several codes.
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
 @contextlib.contextmanager
 def disk_full_said(folder: pathlib.Path, kept: Callable[[], str]) -> Iterator[None]:
     """Turns a full disk in here into a `RunFailedError`.

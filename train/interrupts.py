@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: noticed wherever a run is, agreed by all its processes, answered by saving and leaving.
+"""SIGTERM, SIGUSR1 and Ctrl-C: noticed wherever a run is, agreed by all its processes, answered by saving and leaving.
 
 A handler runs only between bytecodes of the main thread: while XLA compiles there are none. So compiling happens in
 a thread that is left behind when the run stops.
@@ -19,7 +19,7 @@ import jax
 
 from train import processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMPILE_THREAD = "gdn-compile"
 # How often a process that waits for its compiler asks whether another was told to stop.
 _ASK_EVERY_S = 0.2
@@ -38,7 +38,7 @@ class Stopped(BaseException):
 
 
 class StopRequests:
-    """While it is entered, SIGTERM and SIGUSR1 are noted; outside the main thread it notes nothing.
+    """While it is entered, `SIGNALS` are noted; outside the main thread it notes nothing. A second Ctrl-C interrupts.
 
     A tick is a unit of work, a step or a batch of validation, whose result no process has before all have begun
     it; at ticks the processes agree where to stop.
@@ -67,9 +67,14 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._number = self._number or number
+        again, self._number = self._number is not None, self._number or number
         if self._at_once:
             raise Stopped(self._number)
+        if number == signal.SIGINT:
+            if again:
+                raise KeyboardInterrupt
+            # Not by print: the signal may have come within one.
+            os.write(2, b"\ngdn: stopping; Ctrl-C again leaves without saving\n")
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

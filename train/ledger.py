@@ -129,6 +129,10 @@ class Ledger:
             raise ValueError(
                 f"{folder} has {ROWS_FILE} but no {CONFIG_FILE}; choose an empty folder as --out."
             )
+        begun = self.path.exists() and self.path.stat().st_size > 0
+        if not begun and not any(folder.glob("stopped/*")):
+            # Nothing was run: a first attempt that failed binds nobody.
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
         self.fingerprint = check_identity(folder, CONFIG_FILE, config)
         self._weight_decay = config.get("optimizer", {}).get("weight_decay")
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from train.ledger import make_writable
+from train.faults import disk_full_said
+from train.ledger import make_writable, write_atomically
 from train.report_analysis import (
     NOT_ASYMPTOTIC,
     RESOLUTION,
@@ -244,11 +245,13 @@ def write_report(directory: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         ValueError: as `read_rows`, or nothing can be written to `directory`.
+        RunFailedError: the disk is full.
     """
     rows = read_rows(directory / "rows.jsonl")
     make_writable(directory, "DIRECTORY")
     report = analyse(rows)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-    plot(rows, report, directory / "transfer.png")
+    with disk_full_said(directory, lambda: "the rows are as they were"):
+        write_atomically(directory / "report.json", text + "\n")
+        plot(rows, report, directory / "transfer.png")
     return report

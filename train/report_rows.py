@@ -83,6 +83,11 @@ def check_rows(rows: Rows) -> Rows:
             raise ValueError(
                 f"row {number} lacks {', '.join(missing)}; was it written by another version of `gdn sweep`?"
             )
+        if not isinstance(row["preset"], str) or type(row["seed"]) is not int:
+            raise ValueError(
+                f"row {number}: preset must be a name and seed a whole number; got {row['preset']!r} and "
+                f"{row['seed']!r}"
+            )
         varied = [(key, False) for key in VARIED if key in row]
         for key, whole in (("width", True), (LEARNING_RATE, False), *varied):
             value = row[key]

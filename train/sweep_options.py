@@ -54,6 +54,8 @@ class SweepOptions:
                 raise ValueError(f"--seeds must be in [0, 2^31); got {seed}.")
         if self.steps < 1:
             raise ValueError(f"--steps must be positive; got {self.steps}.")
+        if self.steps >= 2**31:
+            raise ValueError(f"--steps must be below 2^31; got {self.steps}.")
         if self.points_per_device is not None and self.points_per_device < 1:
             raise ValueError(f"--points-per-device must be positive; got {self.points_per_device}.")
         for preset in self.presets:

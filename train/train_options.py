@@ -59,7 +59,13 @@ class TrainOptions:
             raise ValueError(f"--seed must be in [0, 2^31); got {self.seed}.")
         if self.coordinates_every < 0:
             raise ValueError(f"--coordinates-every must be 0 or more; got {self.coordinates_every}.")
-        parse_steps(self.profile_steps)
+        if self.steps >= 2**31:
+            raise ValueError(f"--steps must be below 2^31; got {self.steps}.")
+        traced = parse_steps(self.profile_steps)
+        if traced is not None and traced[1] > (self.stop_at or self.steps):
+            raise ValueError(
+                f"--profile-steps must end by the last step ({self.stop_at or self.steps}); got {self.profile_steps}."
+            )
         if len(set(self.log_to)) < len(self.log_to):
             raise ValueError(f"--log-to must name each once; got {' '.join(self.log_to)}.")
         check_installed(self.log_to)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from train.config import ModelOptions, OptimizerOptions
 from train.data import DataConfig
-from train.ledger import CONFIG_FILE, ROWS_FILE
+from train.ledger import CONFIG_FILE, ROWS_FILE, fingerprint
 from train.report import analyse, read_rows, strays
 from train.report_analysis import power_of_two, trusted_from
 from train.report_figure import amount, signed
@@ -130,6 +130,11 @@ def read_tuning(folder: pathlib.Path, preset: str | None, width: int) -> Tuning:
     """
     config = sweep_config(folder)
     rows = read_rows(folder / ROWS_FILE)
+    if rows[0]["config_fingerprint"] != fingerprint(config):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not the configuration of the rows beside it; put back the one that the sweep "
+            "was begun with."
+        )
     report = analyse(rows)
     if report["varied"]:
         raise ValueError(
