@@ -100,7 +100,7 @@ def test_a_folder_of_two_kinds_is_refused(config, tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("A card.")
     (folder / "data.jsonl").write_text('{"text": "One."}\n')
-    with pytest.raises(ValueError, match=r"2 kinds \(1 such as README.md, 1 such as data.jsonl\)"):
+    with pytest.raises(ValueError, match=r"2 kinds \(such as README.md, data.jsonl\)"):
         prepare(dataclasses.replace(config, corpus=str(folder)))
 
 

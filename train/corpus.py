@@ -75,20 +75,16 @@ def find_corpus(name: str) -> Corpus:
             f"got {name!r}, which does not exist. Check the path."
         )
     if path.is_dir():
-        found = {"documents": _files_under(path, TEXT_SUFFIXES)}
-        for kind in ("parquet", "array_record", "jsonl"):
-            suffixes = tuple(suffix for suffix, of_kind in _RECORD_KINDS.items() if of_kind == kind)
-            found[kind] = _files_under(path, suffixes)
-        found = {kind: files for kind, files in found.items() if files}
-        if len(found) > 1:
-            examples = ", ".join(f"{len(files)} such as {files[0].name}" for files in found.values())
+        texts, records = _files_under(path, TEXT_SUFFIXES), _files_under(path, tuple(_RECORD_KINDS))
+        found = {_RECORD_KINDS[file.suffix.lower()]: file for file in reversed(records)}
+        examples = [file.name for file in (*texts[:1], *found.values())]
+        if len(examples) > 1:
             raise ValueError(
-                f"corpus {name!r} holds files of {len(found)} kinds ({examples}); which is the text? Name one file, "
-                "or a folder of one kind."
+                f"corpus {name!r} holds files of {len(examples)} kinds (such as {', '.join(examples)}); which is the "
+                "text? Name one file, or a folder of one kind."
             )
-        for kind, files in found.items():
-            if kind != "documents":
-                return Corpus(name, kind, files)
+        if found:
+            return Corpus(name, next(iter(found)), records)
         return Corpus(name, "documents", _text_files_under(name, path))
     if not path.is_file():
         raise ValueError(f"corpus must be a regular file or a folder; got {name!r}, which is neither.")
