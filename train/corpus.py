@@ -83,8 +83,8 @@ def find_corpus(name: str) -> Corpus:
                 f"corpus {name!r} holds files of {len(examples)} kinds (such as {', '.join(examples)}); which is the "
                 "text? Name one file, or a folder of one kind."
             )
-        if found:
-            return Corpus(name, next(iter(found)), records)
+        if records:
+            return Corpus(name, _RECORD_KINDS[records[0].suffix.lower()], records)
         return Corpus(name, "documents", _text_files_under(name, path))
     if not path.is_file():
         raise ValueError(f"corpus must be a regular file or a folder; got {name!r}, which is neither.")
