@@ -101,6 +101,34 @@ def test_decay_modes(mode, expected):
         )
 
 
+def test_independent_decay_follows_the_schedule():
+    """Gradients of zero leave the decay alone: lambda x rate / peak, whatever the peak is."""
+    model, specs, shapes = _abstract(BASE)
+    rules = static_rules(model, BASE)
+    ones, zeros = (jax.tree.map(lambda x, fill=fill: jnp.full(x.shape, fill), shapes) for fill in (1.0, 0.0))
+    peak, fractions = 0.02, jnp.asarray([0.5, 1.0, 0.25])
+
+    def transform(rate):
+        return mup.adamw(
+            rate, specs, rules, weight_decay=0.3, decay_mode="independent", peak_learning_rate=peak
+        )
+
+    @jax.jit
+    def once(rate):
+        """As a program's step has it: a chain of this step's rate, made anew."""
+        return transform(rate).update(zeros, transform(rate).init(ones), ones)[0]
+
+    scheduled = transform(lambda count: peak * fractions[count])
+    state, update = scheduled.init(ones), jax.jit(scheduled.update)
+    for fraction in fractions:
+        updates, state = update(zeros, state, ones)
+        at_rate = once(peak * fraction)
+        for name, spec in _flat(specs).items():
+            expected = -0.3 * fraction if spec.role is mup.Role.MATRIX else 0.0
+            np.testing.assert_allclose(_flat(updates)[name], expected, rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(_flat(at_rate)[name], expected, rtol=1e-6, err_msg=name)
+
+
 def test_at_the_base_it_is_plain_optax():
     model, specs, shapes = _abstract(BASE)
     keys = iter(jax.random.split(jax.random.key(1), 100))

@@ -141,6 +141,22 @@ def test_training_lowers_the_loss_and_evaluation_agrees(setup, alone):
     assert float(count) == np.sum(held_out[0].loss_mask)
 
 
+def test_every_token_that_is_held_out_weighs_the_same(setup, alone):
+    """The last batch has rows of padding: a mean of the batches' means would count its tokens for more."""
+    program, compiled = alone
+    config, data, batches = setup
+    hparams = program.hparams(0.03, "mup")
+    state, _ = _train(compiled, jnp.int32(0), hparams, batches)
+    held_out = validation_batches(data, dataclasses.replace(config, validation_batches=1000))[-3:]
+    counts = [np.sum(batch.loss_mask) for batch in held_out]
+    assert 0 < counts[2] < 0.9 * min(counts[:2])
+    sums = [float(compiled.evaluate(state, batch)[0]) for batch in held_out]
+    expected = np.sum(sums) / np.sum(counts)
+    assert abs(np.mean(np.divide(sums, counts)) / expected - 1) > 1e-4
+    mean = loop.mean_validation_loss(compiled, state, held_out)
+    assert mean == pytest.approx(expected, rel=1e-6)
+
+
 def test_divergence_is_recorded_with_its_step_and_ends_the_run(setup, alone):
     program, compiled = alone
     _, _, batches = setup

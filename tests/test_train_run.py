@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 
+import campaign_faults
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from train import train_run
+from train import loop, train_run
 from train.checkpoint import Checkpoints
 from train.config import KeepOptions
 from train.interrupts import Stopped
@@ -76,6 +77,7 @@ def test_summary_and_log(uninterrupted):
     assert summary["diverged_at_step"] is None
     losses = _losses(folder / "whole")
     assert losses[60] < losses[1] - 1
+    assert _losses(folder / "whole", "tokens") == {step: step * 8 * 16 for step in range(1, 61)}
     assert json.loads((folder / "whole/summary.json").read_text()) == summary
     again = _train(folder, "whole")
     assert again["val_loss"] == summary["val_loss"]
@@ -121,6 +123,35 @@ def test_a_signal_during_an_evaluation_loses_nothing(uninterrupted, monkeypatch)
     assert _losses(folder / "signalled") == _losses(folder / "whole")
     assert _losses(folder / "signalled", "val_loss") == _losses(folder / "whole", "val_loss")
     _assert_same_state(folder / "whole", folder / "signalled")
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+def test_a_run_that_ends_at_a_batch_has_saved_what_the_step_found(uninterrupted):
+    """Under the number of the step before, with that batch as the next."""
+    folder, _ = uninterrupted
+    with campaign_faults.poisoned_loader(28):
+        ended = _train(folder, "poisoned")
+    assert (ended["steps"], ended["diverged_at_step"], ended["val_loss"]) == (27, 28, None)
+    step, state = _final_state(folder / "poisoned")
+    assert (step, state["step"], state["diverged_at"]) == (27, 27, -1)
+    position = json.loads((folder / "poisoned/checkpoints/27/data/metadata").read_text())
+    assert position["next_index"] == 27
+    losses = _losses(folder / "whole")
+    assert _losses(folder / "poisoned") == {step: losses[step] for step in range(1, 28)} | {28: None}
+
+
+def test_the_best_checkpoint_is_kept_and_known_to_the_run_that_goes_on(tmp_path, monkeypatch):
+    """Validation losses that rise: the first that is validated is the best, and never among the newest."""
+    monkeypatch.setattr(loop, "mean_validation_loss", lambda compiled, state, *_: np.float64(state.step))
+
+    def train(stop_at):
+        keep = KeepOptions(keep=1, keep_best=1)
+        _train(tmp_path, "best", keep, checkpoint_every=2, validate_every=2, stop_at=stop_at)
+        return sorted(path.name for path in (tmp_path / "best/checkpoints").iterdir())
+
+    assert train(3) == ["2", "3"]
+    assert train(6) == ["2", "6"]
+    assert _losses(tmp_path / "best", "val_loss") == {2: 2.0, 4: 4.0, 6: 6.0}
 
 
 def test_another_configuration_is_refused_unless_told(uninterrupted):
