@@ -105,7 +105,8 @@ def test_any_number_of_processes_and_devices(tmp_path):
 @pytest.mark.long
 def test_a_sweep_of_two_processes(tmp_path):
     grid = ["--widths", "8", "16", "--learning-rates", "2^-6..2^-5", "--presets", "mup", "--steps", "3"]
-    _, other = run(tmp_path, "sweep", 2, 1, *grid, "--out", str(tmp_path / "two"))
+    # Two devices each: points are split over them, too.
+    _, other = run(tmp_path, "sweep", 2, 2, *grid, "--out", str(tmp_path / "two"))
     assert other == ""
     run(tmp_path, "sweep", 1, 1, *grid, "--out", str(tmp_path / "one"))
     rows = []

@@ -16,7 +16,7 @@ from train import loop
 from train.data import DataConfig, PreparedData, train_batch, validation_batches
 from train.interrupts import COMPILE_THREAD, Stopped, StopRequests
 from train.ledger import code_version
-from train.mesh import MeshShape, build_mesh
+from train.mesh import MeshShape, build_mesh, points_sharding, put_batch
 from train.rows import Rows
 from train.step import Compiled, HParams, Metrics, Program, TrainState, ahead_of_time, compile_program
 from train.stopped_packs import StoppedPacks, TrainedPack
@@ -97,9 +97,8 @@ def run_lanes(
         devices = [jax.local_devices()[index] for index in lane.devices]
         mesh = build_mesh(MeshShape(sweep=len(devices)), devices)
         compiled = compile_program(programs[width], mesh, packed=True)
-        pack = todo[width][0]
-        seeds = loop.as_seeds([point.seed for point in pack])
-        return ahead_of_time(compiled, seeds, _stacked(pack, hparams), batch), time.perf_counter() - start
+        seeds, stacked = _placed(compiled, todo[width][0], hparams)
+        return ahead_of_time(compiled, seeds, stacked, put_batch(mesh, batch)), time.perf_counter() - start
 
     def run_lane(lane: Lane) -> None:
         left = [width for width in lane.widths if todo[width]]
@@ -171,8 +170,13 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(usual)
 
 
-def _stacked(pack: Sequence[Point], hparams: Mapping[Point, HParams]) -> HParams:
-    return loop.stack_hparams([hparams[point] for point in pack])
+def _placed(
+    compiled: Compiled, pack: Sequence[Point], hparams: Mapping[Point, HParams]
+) -> tuple[jax.Array, HParams]:
+    """Seeds and hparams on the lane's devices: of several processes none may split what only its host holds."""
+    seeds = loop.as_seeds([point.seed for point in pack])
+    stacked = loop.stack_hparams([hparams[point] for point in pack])
+    return jax.device_put((seeds, stacked), points_sharding(compiled.mesh))
 
 
 def _run_pack(
@@ -190,9 +194,9 @@ def _run_pack(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    stacked = _stacked(pack, hparams)
+    seeds, stacked = _placed(compiled, pack, hparams)
     keys = [point.key for point in pack]
-    fresh = compiled.init(loop.as_seeds([point.seed for point in pack]), stacked)
+    fresh = compiled.init(seeds, stacked)
     state, first, seconds_before = stopped.restore(keys, fresh)
     taken = first
 
