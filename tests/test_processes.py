@@ -29,8 +29,8 @@ _GLOO = re.compile(
 )
 
 
-def start(folder, command, processes, devices, *words):
-    """The processes, and where each writes; every one has `devices` of its own."""
+def start(folder, command, processes, devices, *words, last=()):
+    """The processes, and where each writes; every one has `devices` of its own, the last one words besides."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -52,7 +52,8 @@ def start(folder, command, processes, devices, *words):
     for index, output in enumerate(outputs):
         with output.with_suffix(".out").open("w") as out, output.with_suffix(".err").open("w") as err:
             named = {"JAX_PROCESS_ID": str(index)} if processes > 1 else {}
-            started.append(subprocess.Popen(line, env=environment | named, stdout=out, stderr=err))
+            told = [*line, *(last if index == processes - 1 else ())]
+            started.append(subprocess.Popen(told, env=environment | named, stdout=out, stderr=err))
     return started, outputs
 
 
@@ -117,6 +118,25 @@ def test_a_sweep_of_two_processes(tmp_path):
         rows.append(found)
     assert rows[0].keys() == rows[1].keys()
     assert all(abs(rows[0][key] - rows[1][key]) <= 1e-6 for key in rows[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "codes", "said"),
+    [
+        (["--data.corpus", "missing.txt"], [1, 2], "process 1 failed: corpus must be"),
+        (
+            ["--learning-rate", "0.5"],
+            [2, 2],
+            "process 1 has another configuration than process 0 (run.learning_rate",
+        ),
+    ],
+)
+def test_a_process_that_fails_keeps_no_other_waiting(tmp_path, last, codes, said):
+    words = ["--width", "16", "--steps", "10", "--out", str(tmp_path / "run")]
+    started, outputs = start(tmp_path, "train", 2, 1, *words, last=last)
+    assert [process.wait(timeout=100) for process in started] == codes
+    assert said in outputs[0].with_suffix(".err").read_text()
 
 
 def _wait(condition, started):

@@ -25,6 +25,7 @@ from train.data import DataConfig
 from train.faults import RunFailedError, is_out_of_memory
 from train.interrupts import Stopped, leave
 from train.mesh import MeshOptions
+from train.processes import tell_failure
 from train.show_rules import ShowRulesOptions
 from train.sweep_options import SweepOptions
 from train.train_run import TrainOptions
@@ -124,9 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 2
+        if tell_failure(error):
+            leave(code)
     except RunFailedError as error:
         print(f"gdn: {error}", file=sys.stderr)
         code = 1
+        if tell_failure(error):
+            leave(code)
     except Stopped as stopped:
         print(f"gdn: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
         code = 128 + stopped.number
@@ -136,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
         leave(code)
     except Exception as error:
+        others_wait = tell_failure(error)
         if not is_out_of_memory(error):
             raise
         print(
@@ -144,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         code = 1
-        leave(code)
+        if others_wait:
+            leave(code)
     sys.exit(code)
 
 

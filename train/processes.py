@@ -4,18 +4,23 @@ They talk through the key-value store of ``jax.distributed``, never through the 
 the main thread trains. In a single process everything here is free.
 """
 
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed
 
+from train.faults import RunFailedError
 from train.ledger import differences
 
-# How long a process waits for another that is still hashing, compiling or reading the corpus.
-_TIMEOUT_MS = 3600 * 1000
+# How long a process waits for another that is still hashing, compiling or reading the corpus, and how often it asks
+# meanwhile whether that one has failed.
+_TIMEOUT_S, _ASK_MS = 3600.0, 1000
+_FAILED = "gdn/failed"
 # The same on every process, as all make the same calls in the same order.
 _calls = itertools.count()
 
@@ -49,7 +54,7 @@ def on_first[T](fn: Callable[[], T]) -> T:
             store().key_value_set(key, json.dumps({"error": str(error)}))
             raise
         store().key_value_set(key, json.dumps(answer))
-    answer = json.loads(store().blocking_key_value_get(key, _TIMEOUT_MS))
+    answer = json.loads(_wait_for(key))
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["value"]
@@ -76,7 +81,35 @@ def gather[T](value: T) -> list[T]:
         return [value]
     key = f"gdn/gather/{next(_calls)}"
     store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    return [
-        json.loads(store().blocking_key_value_get(f"{key}/{process}", _TIMEOUT_MS))
-        for process in range(jax.process_count())
-    ]
+    return [json.loads(_wait_for(f"{key}/{process}")) for process in range(jax.process_count())]
+
+
+def _wait_for(key: str) -> str:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            return store().blocking_key_value_get(key, _ASK_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > deadline:
+                raise
+        require_no_failure()
+
+
+def tell_failure(error: BaseException) -> bool:
+    """Ends the waiting of the other processes; whether there are any. Of several that fail the first is heard."""
+    if distributed.global_state.client is None:
+        return False
+    lines = str(error).splitlines() or [type(error).__name__]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        store().key_value_set(_FAILED, json.dumps([distributed.global_state.process_id, lines[0]]))
+    return True
+
+
+def require_no_failure() -> None:
+    """Raises RunFailedError where another process has told a failure."""
+    try:
+        process, reason = json.loads(store().key_value_try_get(_FAILED))
+    except jax.errors.JaxRuntimeError:
+        return
+    if process != jax.process_index():
+        raise RunFailedError(f"process {process} failed: {reason}")

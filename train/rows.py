@@ -77,6 +77,7 @@ class _First(Rows):
         for thread in self._others:
             while thread.is_alive():
                 thread.join(_ASK_EVERY_S)
+                processes.require_no_failure()
                 stop.tick()
         if self._others:
             processes.store().key_value_set(_FINISHED, "1")
@@ -104,6 +105,7 @@ class _Other(Rows):
         self._send(None)
         # Not gone before: the runtime would take that for a crash of the whole.
         while not self._is_finished():
+            processes.require_no_failure()
             stop.tick()
 
     def _is_finished(self) -> bool:
