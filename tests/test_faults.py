@@ -36,7 +36,8 @@ def undisturbed(tmp_path_factory, in_a_process_of_its_own):
 def test_killed_and_terminated_it_ends_with_the_same_bits(tmp_path, undisturbed):
     """One run, disturbed by both; the campaign's own driver is what `tests/campaigns.py` runs."""
     seen = campaign_kill.runs(tmp_path, 2, 1, seed=3, steps=STEPS, first=undisturbed)
-    assert seen["struck"] == 2
+    # A run that comes to its end before its second signal is followed by another one, struck twice.
+    assert seen["struck"] in (2, 3)
 
 
 @pytest.mark.long
