@@ -106,6 +106,7 @@ WRONG = [
     ("train --out {0}/o --stop-at 300", "--stop-at must be from 1 to --steps (200); got 300."),
     ("train --out {0}/run", "or --allow-changes to go on with these"),
     ("train --out {0}/damaged", "choose another --out"),
+    ("train --out {0}/damaged --allow-changes", "choose another --out"),
     ("train --out {0}/file", "--out must be a folder that can be written"),
     ("train --out {0}/o --mesh.fsdp 0", "--mesh.fsdp must be positive; got 0."),
     ("train --out {0}/o --mesh.fsdp two", "invalid literal for int() with base 10: 'two'"),

@@ -39,6 +39,7 @@ def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
     for error in (
         MemoryError("Unable to allocate 5 TiB"),
         RuntimeError("INTERNAL: Out of memory allocating"),
+        MemoryError(),
     ):
 
         def run(command, error=error):
@@ -49,7 +50,7 @@ def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
             main(["show-rules"])
         assert stop.value.code == 1
         said = capsys.readouterr().err
-        assert said.startswith(f"gdn: out of memory ({error})")
+        assert said.startswith(f"gdn: out of memory ({str(error) or 'MemoryError'})")
         assert said.count("\n") == 1
 
 

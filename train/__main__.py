@@ -22,7 +22,7 @@ from train.aot import CompileOptions
 from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
-from train.faults import RunFailedError, is_out_of_memory
+from train.faults import RunFailedError, first_line, is_out_of_memory
 from train.interrupts import Stopped, leave
 from train.mesh import MeshOptions
 from train.processes import tell_failure
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         print(
-            f"gdn: out of memory ({str(error).splitlines()[0][:200]}); use a smaller width or batch, or in training "
+            f"gdn: out of memory ({first_line(error)}); use a smaller width or batch, or in training "
             "--accumulate or --model.remat, in a sweep fewer --points-per-device. What was saved is kept.",
             file=sys.stderr,
         )

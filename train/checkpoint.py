@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from train import manifest, processes
+from train.faults import first_line
 from train.ledger import fingerprint
 from train.step import TrainState
 
@@ -199,7 +200,7 @@ class Checkpoints:
             self._checkpointer.close()
         except Exception as error:
             # Reported by `wait` already, or the reason to be here: raising it again would hide the first.
-            self._warn(f"warning: the last checkpoint was not finished ({_first_line(error)})")
+            self._warn(f"warning: the last checkpoint was not finished ({first_line(error)})")
         if processes.first():
             self._clean()
 
@@ -207,7 +208,3 @@ class Checkpoints:
 def _arrays(state: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

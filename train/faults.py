@@ -28,6 +28,11 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, 200 letters at most; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an array did not fit, on a device or on the host."""
     # What XLA says has no class of its own, and one of several codes.

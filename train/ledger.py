@@ -94,10 +94,7 @@ def check_identity(
     if not path.exists():
         write_atomically(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
         return fingerprint(config)
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
+    before = read_config(path)
     if fingerprint(before) != fingerprint(config):
         if changes:
             write_atomically(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
@@ -107,6 +104,14 @@ def check_identity(
             f"another --out{f', or {option} to go on with these' if option else ''}."
         )
     return fingerprint(config)
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """What a folder was begun with; ValueError where the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from train.faults import RunFailedError
+from train.faults import RunFailedError, first_line
 from train.ledger import differences
 
 # How long a process waits for another that is still hashing, compiling or reading the corpus, and how often it asks
@@ -43,6 +43,9 @@ def on_first[T](fn: Callable[[], T]) -> T:
     """What ``fn`` gives on the first process, on every process; so is its ``ValueError``.
 
     Call it on all of them, from the main thread. What ``fn`` gives must be JSON-able.
+
+    Raises:
+        RunFailedError: another process failed meanwhile; so does all that waits here.
     """
     if jax.process_count() == 1:
         return fn()
@@ -99,9 +102,8 @@ def tell_failure(error: BaseException) -> bool:
     """Ends the waiting of the other processes; whether there are any. Of several that fail the first is heard."""
     if distributed.global_state.client is None:
         return False
-    lines = str(error).splitlines() or [type(error).__name__]
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        store().key_value_set(_FAILED, json.dumps([distributed.global_state.process_id, lines[0]]))
+        store().key_value_set(_FAILED, json.dumps([distributed.global_state.process_id, first_line(error)]))
     return True
 
 

@@ -27,6 +27,7 @@ from train.ledger import (
     fingerprint,
     make_writable,
     only_process,
+    read_config,
     write_atomically,
 )
 from train.mesh import MeshOptions
@@ -92,6 +93,9 @@ def _take_folder(
     held.enter_context(only_process(out))
     if not changes:
         check_identity(out, CONFIG_FILE, run_identity, option="--allow-changes")
+    elif (out / CONFIG_FILE).exists():
+        # Written anew once a checkpoint was restored; a damaged one is said before anything is compiled.
+        read_config(out / CONFIG_FILE)
 
 
 @dataclasses.dataclass
@@ -141,7 +145,7 @@ class _Run:
         try:
             compiled, state, position = self._begin(checkpoints, first)
             if self.keep.allow_changes:
-                # Not before: a checkpoint of another model leaves the folder as it was.
+                # Not before: a checkpoint of another model must leave the folder as it was.
                 processes.on_first(
                     lambda: check_identity(options.out, CONFIG_FILE, self.setup.identity, changes=True)
                 )
