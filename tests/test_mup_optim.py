@@ -1,5 +1,7 @@
 """The optimizer chains: factors of the first update, decay modes, one clip, agreement with plain Optax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,5 +178,44 @@ def test_wrong_input():
         mup.adamw(lambda count: 0.1, specs, rules, decay_mode="independent")
     with pytest.raises(ValueError, match=r"missing readout:embed->vocab"):
         mup.adamw(
-            0.1, specs, rules._replace(groups={k: v for k, v in rules.groups.items() if "readout" not in k})
+            0.1,
+            specs,
+            dataclasses.replace(rules, groups={k: v for k, v in rules.groups.items() if "readout" not in k}),
         )
+
+
+@pytest.mark.parametrize("optimizer", mup.OPTIMIZERS)
+def test_rules_of_another_optimizer_are_refused(optimizer):
+    model, specs, _ = _abstract(BASE)
+    for other in set(mup.OPTIMIZERS) - {optimizer}:
+        with pytest.raises(
+            ValueError, match=rf'those of {other}, .* static_rules\(model, config, "{optimizer}"'
+        ):
+            getattr(mup, optimizer)(0.1, specs, static_rules(model, BASE, other))
+
+
+def test_muon_keeps_matrices_of_other_layouts_apart():
+    """One group, but the update depends on which dimensions are in and out, and on how large they are."""
+    axes = {"embed": 4, "mlp": 6}
+
+    def spec(*order):
+        sizes = tuple(axes[axis] for axis in order)
+        return mup.ParamSpec(order, ("embed",), ("mlp",), mup.Role.MATRIX, 4, sizes)
+
+    specs = {"plain": spec("embed", "mlp"), "transposed": spec("mlp", "embed")}
+    specs["wide"] = dataclasses.replace(specs["plain"], sizes=(4, 24))
+    rules = mup.resolve_rules(specs, preset="mup", optimizer="muon", sizes=axes, base_sizes=None)
+    gradient = jax.random.normal(jax.random.key(0), (4, 24))
+    tree = {"plain": gradient[:, :6], "transposed": gradient[:, :6].T, "wide": gradient}
+
+    def updates(names):
+        mine, transform = (
+            {name: tree[name] for name in names},
+            mup.muon(0.1, {name: specs[name] for name in names}, rules, clip_norm=None),
+        )
+        return transform.update(mine, transform.init(mine), mine)[0]
+
+    together = updates(specs)
+    for name in specs:
+        np.testing.assert_allclose(together[name], updates([name])[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(together["transposed"], together["plain"].T, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """`gdn show-rules`: what the parametrization does to each parameter, to read before a week of GPUs is spent."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from rich.table import Table
 from gdn_jax import GDNLanguageModel, mup, param_specs
 from gdn_jax.config import GDNConfig
 from gdn_jax.mup.axes import product
-from gdn_jax.mup.rules import describe_ratio
 from train.config import ModelOptions, PresetName
 
 
@@ -89,10 +89,10 @@ def show_rules(options: ShowRulesOptions, model: ModelOptions, optimizer: str) -
             "×".join(map(str, row["shape"])),
             f"{' '.join(row['in_axes'])} → {' '.join(row['out_axes'])}".strip(),
             row["role"],
-            describe_ratio(row["r_in"]),
-            describe_ratio(row["r_out"]),
+            _describe_ratio(row["r_in"]),
+            _describe_ratio(row["r_out"]),
             "own" if row["init_std"] is None else f"{row['init_std']:.4g}",
-            describe_ratio(row["lr_multiplier"]),
+            _describe_ratio(row["lr_multiplier"]),
             f"{row['decay']:g}",
         )
     return table
@@ -107,18 +107,27 @@ def _caption(config: GDNConfig, preset: str, optimizer: str) -> str:
         sizes=config.axis_sizes,
         base_sizes=config.base_axis_sizes,
     )
-    text = f"logits × {describe_ratio(rules.logits_multiplier)}"
+    text = f"logits × {_describe_ratio(rules.logits_multiplier)}"
     if optimizer != "sgd":
-        text += f", Adam ε × {describe_ratio(rules.epsilon_multiplier)}"
+        text += f", Adam ε × {_describe_ratio(rules.epsilon_multiplier)}"
     if rules.residual_multiplier != 1:
-        text += f"; blocks, for their depth: what they add × {describe_ratio(rules.residual_multiplier)}"
+        text += f"; blocks, for their depth: what they add × {_describe_ratio(rules.residual_multiplier)}"
         factor, what = (
             (rules.block_lr_multiplier, "LR")
             if rules.block_lr_multiplier != 1
             else (rules.block_epsilon_multiplier, "Adam ε")
         )
-        text += f", {what} × {describe_ratio(factor)}"
+        text += f", {what} × {_describe_ratio(factor)}"
     return (
         text
         + ". r: size / base size of the in and out axes. own: gains start at 1, gates at their usual distributions."
     )
+
+
+def _describe_ratio(value: float) -> str:
+    """A factor as a power of two where it is one, else with four digits: ``2^-1.5``, ``0.3333``."""
+    if value > 0:
+        exponent = math.log2(value)
+        if abs(exponent * 2 - round(exponent * 2)) < 1e-9:
+            return "1" if exponent == 0 else f"2^{exponent:g}"
+    return f"{value:.4g}"

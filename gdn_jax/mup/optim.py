@@ -49,8 +49,10 @@ def adamw(
             when ``learning_rate`` is not constant.
 
     Raises:
-        ValueError: an unknown decay mode, or ``independent`` with a schedule and no peak.
+        ValueError: an unknown decay mode, ``independent`` with a schedule and no peak, or rules of another optimizer.
     """
+
+    _require("adamw", rules)
 
     def core(spec: ParamSpec) -> optax.GradientTransformation:
         return _adam(spec, rules, b1, b2, eps)
@@ -58,6 +60,14 @@ def adamw(
     return _partitioned(
         core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
     )
+
+
+def _require(optimizer: str, rules: Rules) -> None:
+    if rules.optimizer != optimizer:
+        raise ValueError(
+            f"the rules are those of {rules.optimizer}, whose learning rates are others than {optimizer}'s; resolve "
+            f'them for it: static_rules(model, config, "{optimizer}").'
+        )
 
 
 def _adam(spec: ParamSpec, rules: Rules, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -88,6 +98,7 @@ def muon(
     Arguments as :func:`adamw`; ``momentum`` is Muon's, ``b1``, ``b2`` and ``eps`` are AdamW's. ``rules`` must have
     been resolved for ``optimizer="muon"``.
     """
+    _require("muon", rules)
 
     def core(spec: ParamSpec) -> optax.GradientTransformation:
         if spec.role is not Role.MATRIX:
@@ -103,8 +114,13 @@ def muon(
         return optax.chain(orthogonal, optax.scale(_ADAM_RMS * max(spec.fan_in, spec.fan_out) ** 0.5))
 
     return _partitioned(
-        core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate
+        core, learning_rate, specs, rules, weight_decay, decay_mode, clip_norm, peak_learning_rate, _form
     )
+
+
+def _form(spec: ParamSpec) -> Hashable:
+    """What Muon's update of a matrix depends on besides its group."""
+    return (spec.axes, spec.fan_in, spec.fan_out) if spec.role is Role.MATRIX else None
 
 
 def sgd(
@@ -124,6 +140,7 @@ def sgd(
     Arguments as :func:`adamw`; ``momentum`` is the decay of the trace. ``rules`` must have been
     resolved for ``optimizer="sgd"``.
     """
+    _require("sgd", rules)
 
     def core(_: ParamSpec) -> optax.GradientTransformation:
         return optax.trace(decay=momentum, nesterov=nesterov)
@@ -142,6 +159,20 @@ def _label(spec: ParamSpec) -> str:
     return f"{spec.group}@blocks" if spec.in_block else spec.group
 
 
+def _labels(specs: Any, form: Callable[[ParamSpec], Hashable]) -> Any:
+    """As :func:`group_labels`; what has another form than the first of its group gets a label of its own."""
+    forms: dict[str, list[Hashable]] = {}
+
+    def label(spec: ParamSpec) -> str:
+        known = forms.setdefault(_label(spec), [])
+        if form(spec) not in known:
+            known.append(form(spec))
+        place = known.index(form(spec))
+        return f"{_label(spec)}#{place}" if place else _label(spec)
+
+    return jax.tree.map(label, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
 def _partitioned(
     core: Callable[[ParamSpec], optax.GradientTransformation],
     learning_rate: ScalarOrSchedule,
@@ -151,6 +182,7 @@ def _partitioned(
     decay_mode: str,
     clip_norm: float | None,
     peak_learning_rate: Any | None,
+    form: Callable[[ParamSpec], Hashable] = lambda spec: None,
 ) -> optax.GradientTransformationExtraArgs:
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode must be one of {', '.join(DECAY_MODES)}; got {decay_mode!r}.")
@@ -163,13 +195,14 @@ def _partitioned(
     if unknown:
         raise ValueError(f"rules must cover every parameter group; missing {', '.join(unknown)}.")
     transforms: dict[Hashable, optax.GradientTransformation] = {}
-    for spec in spec_leaves(specs):
+    labels = _labels(specs, form)
+    for spec, label in zip(spec_leaves(specs), jax.tree.leaves(labels), strict=True):
         rule = rules.groups[spec.group]
         if spec.in_block:
             rule = rule._replace(lr_multiplier=rule.lr_multiplier * rules.block_lr_multiplier)
         step_size = _step_size(rule, learning_rate, weight_decay, decay_mode, peak_learning_rate)
-        transforms[_label(spec)] = optax.chain(core(spec), step_size)
-    partition = optax.partition(transforms, group_labels(specs))
+        transforms[label] = optax.chain(core(spec), step_size)
+    partition = optax.partition(transforms, labels)
     # One clip, outside the partition: inside, each group would be clipped on its own.
     return (
         optax.chain(optax.clip_by_global_norm(clip_norm), partition) if clip_norm is not None else partition

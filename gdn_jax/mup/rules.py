@@ -12,7 +12,7 @@ takes them as arguments, so that one program serves every preset.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -41,10 +41,24 @@ class ParamRule(NamedTuple):
     decay: Any
 
 
-class Rules(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "groups",
+        "logits_multiplier",
+        "epsilon_multiplier",
+        "residual_multiplier",
+        "block_lr_multiplier",
+        "block_epsilon_multiplier",
+    ],
+    meta_fields=["optimizer"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rules:
     """The rules of a whole model: a pytree of scalars.
 
     Attributes:
+        optimizer: the one whose rules these are.
         groups: ``ParamSpec.group`` to :class:`ParamRule`.
         logits_multiplier: factor on the logits.
         epsilon_multiplier: factor on Adam's epsilon.
@@ -53,6 +67,7 @@ class Rules(NamedTuple):
         block_epsilon_multiplier: further factor on Adam's epsilon for them.
     """
 
+    optimizer: str
     groups: dict[str, ParamRule]
     logits_multiplier: Any
     epsilon_multiplier: Any
@@ -294,6 +309,7 @@ def resolve_rules(
     r = ratios[ax.EMBED]
     depth = ratios.get(ax.LAYERS, 1.0) if preset in _SCALED_DEPTH else 1.0
     return Rules(
+        optimizer,
         groups,
         logits_multiplier=1 / r if preset in _SCALED_LOGITS else 1.0,
         epsilon_multiplier=1 / r if preset in _SCALED_EPSILON else 1.0,
@@ -349,7 +365,7 @@ def adjusted(
             init_std=rule.init_std * (init_scale if role in _MATRICES else 1.0),
             lr_multiplier=rule.lr_multiplier * rate,
         )
-    return rules._replace(groups=groups)
+    return dataclasses.replace(rules, groups=groups)
 
 
 def spec_leaves(specs: Any) -> Iterable[ParamSpec]:
@@ -385,12 +401,3 @@ def effective_decay(rule: ParamRule, learning_rate: Any, weight_decay: Any, sche
 
 type DecayMode = Literal["coupled", "width_free", "independent"]
 DECAY_MODES: tuple[str, ...] = get_args(DecayMode.__value__)
-
-
-def describe_ratio(value: float) -> str:
-    """A factor as a power of two where it is one, else with four digits: ``2^-1.5``, ``0.3333``."""
-    if value > 0:
-        exponent = math.log2(value)
-        if abs(exponent * 2 - round(exponent * 2)) < 1e-9:
-            return "1" if exponent == 0 else f"2^{exponent:g}"
-    return f"{value:.4g}"
