@@ -76,6 +76,14 @@ def test_a_preset_of_one_sweep_alone_is_left_out(tmp_path):
     assert {row[1] for row in cells(comparison([one, two]))} == {"`mup`"}
 
 
+def test_a_first_sweep_without_a_shared_preset_is_the_first_still(tmp_path):
+    folders = [
+        sweep(tmp_path / name, optimum, preset=preset)
+        for name, preset, optimum in (("a", "sp", -7.0), ("b", "mup", -6.4), ("c", "mup", -5.4))
+    ]
+    assert [row[4] for row in cells(comparison(folders))] == ["—", "—"]
+
+
 def test_without_five_seeds_there_is_no_interval_and_without_a_minimum_no_number(tmp_path):
     table = comparison([sweep(tmp_path / "a", -6.4, seeds=1), sweep(tmp_path / "b", -3.0, seeds=1)])
     first, edge = cells(table)

@@ -1,6 +1,7 @@
 """The sweep: grids, packs, the ledger, what a kill leaves behind."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax.numpy as jnp
@@ -15,14 +17,17 @@ import pytest
 import tiny
 
 from train import loop
-from train.interrupts import Stopped
+from train.interrupts import Stopped, StopRequests
 from train.ledger import Ledger, check_identity, only_process
 from train.rates import parse_rates
 from train.report import write_report
+from train.rows import _First
 from train.step import TrainState
 from train.stopped_packs import StoppedPacks, TrainedPack
 from train.sweep import run_sweep
+from train.sweep_lanes import _run_all
 from train.sweep_options import SweepOptions
+from train.sweep_plan import Lane
 from train.sweep_points import Point, Progress, packs, plan_points
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -344,3 +349,42 @@ def test_a_damaged_stopped_pack_begins_anew_and_is_named(tmp_path, caplog):
     assert restored is fresh
     assert told == [0, 0.0]
     assert "is damaged: its points are trained from the start" in caplog.text
+
+
+def test_a_row_that_the_first_process_cannot_write_ends_the_sweep(tmp_path, monkeypatch):
+    """The thread that receives the rows of another process tells of it; nobody is told that all is finished."""
+    told = {}
+
+    class Store:
+        def blocking_key_value_get(self, key, timeout):
+            return json.dumps([{"width": 16}])
+
+        def key_value_set(self, key, value):
+            told[key] = value
+
+    def full(ledger, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("train.processes.store", Store)
+    monkeypatch.setattr("train.processes.require_no_failure", lambda: None)
+    monkeypatch.setattr(Ledger, "append", full)
+    rows = _First(Ledger(tmp_path, {"steps": 1}))
+    with pytest.raises(OSError, match="No space left"):
+        rows.finish(StopRequests(in_step=False))
+    assert not told
+
+
+def test_a_lane_that_fails_is_heard_beside_one_that_was_stopped():
+    stopped = threading.Event()
+
+    def run_lane(lane):
+        if lane.widths == (16,):
+            stopped.set()
+            raise Stopped(signal.SIGTERM)
+        stopped.wait()
+        time.sleep(0.2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        _run_all([Lane(0, (0,), (16,)), Lane(0, (1,), (32,))], run_lane, threading.Event())

@@ -17,6 +17,7 @@ from train import loop, train_run
 from train.checkpoint import Checkpoints
 from train.config import KeepOptions
 from train.interrupts import Stopped
+from train.metrics_log import MetricsLog
 from train.train_run import TrainOptions, run_training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -177,6 +178,38 @@ def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_was(uninterrupted)
     said = []
     _train(folder, "kept", say=said.append, stop_at=6)
     assert said[0] == "going on from step 5 of 60"
+
+
+def test_a_finished_run_is_that_of_its_own_configuration(uninterrupted):
+    """Other options are not answered with its loss, and the folder still says what it was."""
+    folder, _ = uninterrupted
+    known = _train(folder, "finished", steps=6)
+    config = folder / "finished/run.json"
+    before, changed = config.read_bytes(), KeepOptions(allow_changes=True)
+    for changes in ({"learning_rate": 0.5}, {"width": 24}, {"steps": 3}):
+        with pytest.raises(ValueError, match=r"is at step 6, and --steps is \d: none is left to train"):
+            _train(folder, "finished", changed, **({"steps": 6} | changes))
+        assert config.read_bytes() == before
+    config.unlink()
+    with pytest.raises(ValueError, match=r"has a checkpoint of another configuration than this one; choose"):
+        _train(folder, "finished", steps=6, learning_rate=0.5)
+    assert not config.exists()
+    assert _train(folder, "finished", steps=6) == known
+    assert config.read_bytes() == before
+    for damaged in ("[]", '{"steps": 6}', "null"):
+        (folder / "finished/summary.json").write_text(damaged)
+        assert _train(folder, "finished", steps=6)["val_loss"] == known["val_loss"]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "val_l', b"[1, 2]", b"{}", b"\x98"])
+def test_a_damaged_line_of_the_log_costs_no_other(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    sound = [json.dumps({"step": step, "val_loss": 1.0}).encode() for step in (1, 3, 4)]
+    path.write_bytes(b"\n".join([sound[0], damage, *sound[1:]]) + b"\n")
+    log = MetricsLog(path, keep_until=3)
+    log.close()
+    assert path.read_bytes().splitlines() == sound[:2]
+    assert log.val_losses == {1: 1.0, 3: 1.0}
 
 
 def test_processes_that_were_started_otherwise_are_refused(uninterrupted, monkeypatch):

@@ -59,7 +59,7 @@ def comparison(folders: Sequence[pathlib.Path]) -> str:
         "| sweep | preset | width | optimum | octaves from the first | least loss (nats) |",
         "| --- " * 6 + "|",
     ]
-    first: dict[tuple[str, int], _Found] = {}
+    first: dict[tuple[str, int], _Found] | None = None
     sweeps = [(folder, curves(read_rows(folder / ROWS_FILE))) for folder in folders]
     times_run = collections.Counter(preset for _, presets in sweeps for preset in presets)
     for folder, presets in sweeps:
@@ -70,10 +70,10 @@ def comparison(folders: Sequence[pathlib.Path]) -> str:
             for width, curve in widths.items()
         }
         lines += [
-            f"| {folder.name} | `{preset}` | {width} | {' | '.join(_cells(one, first.get((preset, width))))} |"
+            f"| {folder.name} | `{preset}` | {width} | {' | '.join(_cells(one, (first or {}).get((preset, width))))} |"
             for (preset, width), one in found.items()
         ]
-        first = first or found
+        first = found if first is None else first
     return "\n".join(lines)
 
 

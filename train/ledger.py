@@ -109,9 +109,12 @@ def check_identity(
 def read_config(path: pathlib.Path) -> dict[str, Any]:
     """What a folder was begun with; ValueError where the file is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged (no configuration); choose another --out.")
+    return config
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -26,12 +26,14 @@ class MetricsLog:
         """Steps whose validation loss is logged, finite or not."""
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:
-                    break
-                if row["step"] <= keep_until:
+                    sound = row["step"] <= keep_until
+                except (ValueError, TypeError, KeyError):
+                    # Torn, or damaged; the rows behind it are not.
+                    continue
+                if sound:
                     kept.append(line + "\n")
                     self._note(row)
         write_atomically(path, "".join(kept))

@@ -48,6 +48,7 @@ class _First(Rows):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger.rows, ledger.fingerprint)
         self._ledger = ledger
+        self._failure: Exception | None = None
         self._others = [
             threading.Thread(target=self._receive, args=(process,), daemon=True)
             for process in range(1, jax.process_count())
@@ -59,6 +60,13 @@ class _First(Rows):
         self._ledger.append(rows)
 
     def _receive(self, process: int) -> None:
+        try:
+            self._receive_all(process)
+        except Exception as error:
+            # Nobody looks at a thread; `finish` raises it.
+            self._failure = error
+
+    def _receive_all(self, process: int) -> None:
         number = 0
         while True:
             try:
@@ -79,6 +87,8 @@ class _First(Rows):
                 thread.join(_ASK_EVERY_S)
                 processes.require_no_failure()
                 stop.tick()
+        if self._failure is not None:
+            raise self._failure
         if self._others:
             processes.store().key_value_set(_FINISHED, "1")
 

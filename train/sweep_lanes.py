@@ -144,16 +144,20 @@ def _run_all(lanes: Sequence[Lane], run_lane: Callable[[Lane], None], ended: thr
         return
     with concurrent.futures.ThreadPoolExecutor(max(1, len(lanes)), "lane") as pool:
         running = [pool.submit(run_lane, lane) for lane in lanes]
+        stopped: Stopped | None = None
         try:
             for done in concurrent.futures.as_completed(running):
-                done.result()
-        except Stopped:
-            # The others keep their packs, and end, at their own next step.
-            raise
+                try:
+                    done.result()
+                except Stopped as error:
+                    # The others keep their packs, and end, at their own next step; that one of them failed says more.
+                    stopped = error
         except BaseException:
             # One lane has failed, or the user has had enough.
             ended.set()
             raise
+        if stopped is not None:
+            raise stopped
 
 
 @contextlib.contextmanager

@@ -82,20 +82,25 @@ def run_training(
             run = _Run(options, keep, setup, meshes.build_mesh(setup.shape), stop, say)
             held.enter_context(disk_full_said(options.out, run.kept))
             processes.require_equal(setup.identity)
-            processes.on_first(lambda: _take_folder(options.out, setup.identity, keep.allow_changes, held))
+            run.begun = processes.on_first(
+                lambda: _take_folder(options.out, setup.identity, keep.allow_changes, held)
+            )
             return run.train()
 
 
 def _take_folder(
     out: pathlib.Path, run_identity: dict[str, Any], changes: bool, held: contextlib.ExitStack
-) -> None:
+) -> bool:
+    """Whether the folder says what it was begun with."""
     make_writable(out)
     held.enter_context(only_process(out))
+    begun = (out / CONFIG_FILE).exists()
     if not changes:
         check_identity(out, CONFIG_FILE, run_identity, option="--allow-changes")
-    elif (out / CONFIG_FILE).exists():
+    elif begun:
         # Written anew once a checkpoint was restored; a damaged one is said before anything is compiled.
         read_config(out / CONFIG_FILE)
+    return begun
 
 
 @dataclasses.dataclass
@@ -109,6 +114,7 @@ class _Run:
     stop: StopRequests
     say_anywhere: Callable[[str], None]
     checkpoints: Checkpoints | None = None
+    begun: bool = False
 
     def say(self, text: str) -> None:
         """A line for the user, once however many processes there are."""
@@ -138,6 +144,7 @@ class _Run:
             )
         self.checkpoints = checkpoints
         first, last = checkpoints.newest or 0, options.stop_at or options.steps
+        self._require_same(checkpoints, first)
         if first == options.steps and (summary := processes.on_first(self._finished)) is not None:
             checkpoints.close()
             self.say(f"already at step {first}, the last; nothing to do")
@@ -168,19 +175,33 @@ class _Run:
             summary = json.loads((self.options.out / SUMMARY_FILE).read_text())
         except (OSError, ValueError):
             return None
-        return summary if summary.get("steps") == self.options.steps else None
+        sound = isinstance(summary, dict) and {"val_loss", "diverged_at_step"} <= summary.keys()
+        return summary if sound and summary.get("steps") == self.options.steps else None
+
+    def _require_same(self, checkpoints: Checkpoints, first: int) -> None:
+        """ValueError where the checkpoint is of another configuration and that cannot be, or is not, asked for."""
+        out, steps = self.options.out, self.options.steps
+        if not first or checkpoints.config_fingerprint(first) == fingerprint(self.setup.identity):
+            return
+        if self.keep.allow_changes and first < steps:
+            return
+        checkpoints.close()
+        if self.keep.allow_changes:
+            raise ValueError(
+                f"{out} is at step {first}, and --steps is {steps}: none is left to train with other options; give "
+                "more --steps, or another --out."
+            )
+        if not self.begun:
+            # This command has written it, and it describes no checkpoint here.
+            processes.on_first(lambda: (out / CONFIG_FILE).unlink())
+        raise ValueError(
+            f"{out} has a checkpoint of another configuration than "
+            f"{f'{CONFIG_FILE} says' if self.begun else 'this one'}; choose another --out, or --allow-changes to go "
+            "on from it."
+        )
 
     def _begin(self, checkpoints: Checkpoints, first: int) -> tuple[Compiled, TrainState, Any]:
         """The compiled functions, the state after ``first`` steps, and the position in the data."""
-        if (
-            first
-            and not self.keep.allow_changes
-            and checkpoints.config_fingerprint(first) != fingerprint(self.setup.identity)
-        ):
-            raise ValueError(
-                f"{self.options.out} has a checkpoint of another configuration than {CONFIG_FILE} says; "
-                "choose another --out, or --allow-changes to go on from it."
-            )
         program, hparams = self.setup.program, self.setup.hparams
         jitted = compile_program(program, self.mesh, packed=False)
         # Of numpy: every process may give it to a program of all devices.
