@@ -203,3 +203,36 @@ def test_a_square_matrix_declared_as_advised_scales_as_a_matrix(regime):
     tree = {"square": {"kernel": gradient}}
     update = transform.update(tree, transform.init(tree), tree)[0]["square"]["kernel"]
     np.testing.assert_allclose(update, -0.1 * 0.5 * 0.2 * 32**0.5 * expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", mup.OPTIMIZERS)
+def test_a_host_may_have_matrices_of_one_group_and_several_sizes(optimizer):
+    """A Transformer's projection D x D and the 4D x D of its MLP: one learning rate, two initialisers of its own."""
+
+    class Host(nnx.Module):
+        def __init__(self):
+            self.out = nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(0))
+            self.down = nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(1))
+            for layer in (self.out, self.down):
+                declare(
+                    layer.kernel,
+                    ("mlp", "embed"),
+                    in_axes=("mlp",),
+                    out_axes=("embed",),
+                    role=mup.Role.MATRIX,
+                )
+
+    host = Host()
+    specs, rules = param_specs(host), static_rules(host, BASE, optimizer)
+    (group,) = rules.groups
+    assert mup.adjusted(rules, specs, init_scale=2.0).groups[group].init_std is None
+    with pytest.raises(ValueError, match="have several fans"):
+        mup.init_scale(rules)(specs["out"]["kernel"])
+    params = nnx.to_pure_dict(nnx.state(host, nnx.Param))
+    transform = getattr(mup, optimizer)(0.1, specs, rules, clip_norm=None)
+    updates, _ = transform.update(params, transform.init(params), params)
+    for name in ("out", "down"):
+        mine, alone = {name: params[name]}, {name: specs[name]}
+        transform = getattr(mup, optimizer)(0.1, alone, rules, clip_norm=None)
+        expected, _ = transform.update(mine, transform.init(mine), mine)
+        np.testing.assert_allclose(updates[name]["kernel"], expected[name]["kernel"], rtol=1e-5)

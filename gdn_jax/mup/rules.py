@@ -35,6 +35,7 @@ OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName.__value__)
 class ParamRule(NamedTuple):
     """What the table says of one parameter group; numbers, or traced scalars."""
 
+    # None where parameters of the group have other fans: `param_rule` has each one's.
     init_std: Any
     lr_multiplier: Any
     # 1 where weight decay applies, else 0.
@@ -304,7 +305,11 @@ def resolve_rules(
     for spec in spec_leaves(specs):
         rule = param_rule(spec, preset, optimizer, ratios, sizes[ax.EMBED])
         known = groups.setdefault(spec.group, rule)
-        if known != rule:
+        if known == rule:
+            continue
+        # As many axes, but other sizes: a host's D x D and 4D x D, which it initialises itself.
+        groups[spec.group] = known._replace(init_std=None)
+        if groups[spec.group] != rule._replace(init_std=None):
             raise ValueError(f"parameters of group {spec.group} must share one rule; got {known} and {rule}.")
     r = ratios[ax.EMBED]
     depth = ratios.get(ax.LAYERS, 1.0) if preset in _SCALED_DEPTH else 1.0
@@ -362,7 +367,9 @@ def adjusted(
         if role is Role.READOUT:
             rate *= readout_lr
         groups[group] = rule._replace(
-            init_std=rule.init_std * (init_scale if role in _MATRICES else 1.0),
+            init_std=None
+            if rule.init_std is None
+            else rule.init_std * (init_scale if role in _MATRICES else 1.0),
             lr_multiplier=rule.lr_multiplier * rate,
         )
     return dataclasses.replace(rules, groups=groups)
@@ -374,8 +381,17 @@ def spec_leaves(specs: Any) -> Iterable[ParamSpec]:
 
 
 def init_scale(rules: Rules) -> Callable[[ParamSpec], Any]:
-    """Looks a parameter's initial standard deviation up in ``rules``."""
-    return lambda spec: rules.groups[spec.group].init_std
+    """Looks a parameter's initial standard deviation up in ``rules``; ValueError where its group has several."""
+
+    def look_up(spec: ParamSpec) -> Any:
+        std = rules.groups[spec.group].init_std
+        if std is None:
+            raise ValueError(
+                f"parameters of group {spec.group} have several fans: ask param_rule for each one's std."
+            )
+        return std
+
+    return look_up
 
 
 def effective_decay(rule: ParamRule, learning_rate: Any, weight_decay: Any, schedule: Any, mode: str) -> Any:
