@@ -38,7 +38,9 @@ class GDNConfig:
         vocab_size: number of tokens.
         conv_size: taps of the short causal convolution.
         tie_embedding: one matrix for embedding and readout.
-        allow_negative_eigenvalues: beta in (0, 2) in place of (0, 1) (arXiv:2411.12537).
+        allow_negative_eigenvalues: beta in (0, 2) in place of (0, 1) (arXiv:2411.12537). Where it comes near 2 for
+            keys that are alike, bfloat16 kernels lose several per cent (kernels_pallas/gated_delta_rule/README.md);
+            ``implementation="chunked"`` does not.
         readout_scale_exponent: the op multiplies its output by ``key_dim ** exponent``. 1/2 keeps it
             Theta(1) at every width; Hugging Face's weights want -1/2. The output's RMSNorm makes it a
             no-op except through ``norm_eps``, where it matters.
