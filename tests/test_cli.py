@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import jax
 import pytest
 import tiny
+from report_cases import basin, ledger
 
 from train.__main__ import main
 
@@ -201,3 +203,31 @@ def test_help_that_nobody_reads_to_its_end_is_no_traceback():
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):
+    folder = ledger(tmp_path / "sweep", basin("mup", 0.0))
+    (folder / "transfer.png").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(folder)])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gdn: {folder}/transfer.png: Is a directory; ")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "none-such"])
+def test_a_platform_that_jax_lacks_is_said_in_a_line(tmp_path, platform):
+    tiny.write_corpus(tmp_path)
+    words = [sys.executable, "-m", "train", "train", "--width", "32", "--out", str(tmp_path / "o")]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    ended = subprocess.run(
+        [*words, "--data.corpus", str(tmp_path / "corpus.txt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(
+        f"gdn: jax finds no device (JAX_PLATFORMS is '{platform}'"
+    )
+    assert "Traceback" not in ended.stderr

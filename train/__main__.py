@@ -22,7 +22,7 @@ from train.aot import CompileOptions
 from train.config import KeepOptions, ModelOptions, OptimizerOptions
 from train.coord_run import CoordOptions
 from train.data import DataConfig
-from train.faults import RunFailedError, first_line, is_out_of_memory
+from train.faults import RunFailedError, in_a_line
 from train.interrupts import Stopped, leave
 from train.mesh import MeshOptions
 from train.processes import tell_failure
@@ -142,13 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(code)
     except Exception as error:
         others_wait = tell_failure(error)
-        if not is_out_of_memory(error):
+        said = in_a_line(error)
+        if said is None:
             raise
-        print(
-            f"gdn: out of memory ({first_line(error)}); use a smaller width or batch, or in training "
-            "--accumulate or --model.remat, in a sweep fewer --points-per-device. What was saved is kept.",
-            file=sys.stderr,
-        )
+        print(f"gdn: {said}", file=sys.stderr)
         code = 1
         if others_wait:
             leave(code)

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import os
 import pathlib
+import traceback
 from collections.abc import Callable, Iterator
 
 
@@ -37,6 +39,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an array did not fit, on a device or on the host."""
     # What XLA says has no class of its own, and one of several codes.
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+def in_a_line(error: BaseException) -> str | None:
+    """What a user is told of an error of the machine or of a file; None of one that may be a fault of ours."""
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({first_line(error)}); use a smaller width or batch, or in training "
+            "--accumulate or --model.remat, in a sweep fewer --points-per-device. What was saved is kept."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; put it right, or choose another folder. What was saved is kept."
+    frames = traceback.extract_tb(error.__traceback__)
+    # jax's, which says of a build without that platform no more than that an assertion failed.
+    if "Unable to initialize backend" in str(error) or (
+        isinstance(error, AssertionError) and frames and "xla_bridge" in frames[-1].filename
+    ):
+        platforms = os.environ.get("JAX_PLATFORMS")
+        return (
+            f"jax finds no device (JAX_PLATFORMS is {platforms!r}; {first_line(error)}); install the jax that has it, "
+            "as in pip install -e '.[train,gpu]', or unset JAX_PLATFORMS."
+        )
+    return None
 
 
 @contextlib.contextmanager
