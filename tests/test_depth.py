@@ -22,18 +22,23 @@ def _program(layers, base_layers, optimizer="adamw", **changes):
     return Program(config, dataclasses.replace(tiny.OPTIMIZER, name=optimizer, **changes), 4)
 
 
+def _of_depth(rules):
+    return rules.residual_multiplier, rules.block_lr_multiplier, rules.block_epsilon_multiplier
+
+
 @pytest.mark.parametrize("preset", ["mup", "mup_standard", "sp", "paper_code"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_rules(preset, optimizer):
     base = _program(3, None, optimizer).hparams(0.1, preset).rules
-    assert base[3:] == (1, 1, 1)
+    assert _of_depth(base) == (1, 1, 1)
     deep = _program(12, 3, optimizer).hparams(0.1, preset).rules
     # Nothing else may depend on depth.
-    assert deep[:3] == base[:3]
+    for name in ("groups", "logits_multiplier", "epsilon_multiplier"):
+        assert getattr(deep, name) == getattr(base, name)
     if preset in ("mup", "mup_standard"):
-        assert deep[3:] == (0.25, 4 if optimizer == "sgd" else 1, 0.25)
+        assert _of_depth(deep) == (0.25, 4 if optimizer == "sgd" else 1, 0.25)
     else:
-        assert deep[3:] == (1, 1, 1)
+        assert _of_depth(deep) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -109,6 +109,18 @@ def test_prompts_padded_on_the_right_go_on_as_if_they_were_not(mixer, x):
     assert rms_ratio(second[1:], mixer(x[1:])[:, 10:]) < 1e-6
 
 
+def test_a_row_that_pauses_inside_a_document_goes_on(mixer, x):
+    """A piece of nothing but padding is no end: neither the state nor the convolutions begin anew behind it."""
+    segments = jnp.asarray([[3] * 3 + [0] * 2 + [3] * 4, [3] * 9], jnp.int32)
+    cache, pieces = GatedDeltaNet.init_cache(CONFIG, 2), []
+    for piece in (np.s_[:, 0:3], np.s_[:, 3:5], np.s_[:, 5:9]):
+        y, cache = mixer.with_cache(x[piece], cache, segment_ids=segments[piece])
+        pieces.append(y)
+    short = mixer(jnp.concatenate([x[:1, :3], x[:1, 5:9]], axis=1))
+    assert rms_ratio(jnp.concatenate([pieces[0][:1], pieces[2][:1]], axis=1), short) < 1e-6
+    assert rms_ratio(jnp.concatenate(pieces, 1)[1:], mixer(x[1:, :9])) < 1e-6
+
+
 @pytest.mark.parametrize("tails", ["float32", "bfloat16"])
 def test_a_cache_keeps_its_dtypes_so_that_decoding_can_be_scanned(mixer, x, tails):
     cache = GatedDeltaNet.init_cache(CONFIG, 2, tails)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from gdn_jax import GDNConfig, GDNLanguageModel, mup, param_specs, static_rules
 from gdn_jax.mup.axes import axis_ratios
-from gdn_jax.mup.rules import effective_decay
+from gdn_jax.mup.decay import effective_decay
 from train.config import ModelOptions
 from train.show_rules import ShowRulesOptions, rule_rows, show_rules
 

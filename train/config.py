@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import tyro
 
 from gdn_jax.config import GDNConfig
-from gdn_jax.mup.rules import DECAY_MODES, PRESETS
+from gdn_jax.mup.decay import DECAY_MODES
+from gdn_jax.mup.rules import PRESETS
 
 type PresetName = Literal["mup", "mup_standard", "sp", "sp_embedding", "sp_constant", "paper_code"]
 type OptimizerChoice = Literal["adamw", "sgd", "muon"]

@@ -1,9 +1,9 @@
 """The muP engine: axes and roles of parameters, the rule table, and the optimizers that apply it."""
 
 from gdn_jax.mup.axes import axis_ratios
+from gdn_jax.mup.decay import DECAY_MODES
 from gdn_jax.mup.optim import adamw, group_labels, muon, sgd
 from gdn_jax.mup.rules import (
-    DECAY_MODES,
     OPTIMIZERS,
     PRESETS,
     ParamRule,

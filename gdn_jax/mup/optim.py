@@ -11,7 +11,8 @@ import jax
 import optax
 import optax.contrib
 
-from gdn_jax.mup.rules import DECAY_MODES, ParamRule, Rules, effective_decay, spec_leaves
+from gdn_jax.mup.decay import DECAY_MODES, effective_decay
+from gdn_jax.mup.rules import ParamRule, Rules, spec_leaves
 from gdn_jax.mup.spec import ParamSpec, Role
 
 type ScalarOrSchedule = Any
@@ -43,7 +44,7 @@ def adamw(
         b2: decay of the second moment.
         eps: Adam's epsilon at the base width; scaled by ``rules.epsilon_multiplier``.
         weight_decay: lambda at the base width; applied where the rules say so.
-        decay_mode: ``"width_free"``, ``"coupled"`` or ``"independent"``; see ``rules.effective_decay``.
+        decay_mode: ``"width_free"``, ``"coupled"`` or ``"independent"``; see ``decay.effective_decay``.
         clip_norm: one global-norm clip over all groups; ``None``: none.
         peak_learning_rate: the schedule's maximum; only ``decay_mode="independent"`` needs it, and only
             when ``learning_rate`` is not constant.
