@@ -217,5 +217,7 @@ def test_muon_keeps_matrices_of_other_layouts_apart():
 
     together = updates(specs)
     for name in specs:
+        # The same sums in another program: float32 rounding.
         np.testing.assert_allclose(together[name], updates([name])[name], rtol=1e-5, err_msg=name)
+    # Five Newton-Schulz steps in another order of summation; a wrong layout is off by more than the update.
     np.testing.assert_allclose(together["transposed"], together["plain"].T, rtol=1e-4, atol=1e-6)

@@ -91,7 +91,7 @@ def run_training(
 def _take_folder(
     out: pathlib.Path, run_identity: dict[str, Any], changes: bool, held: contextlib.ExitStack
 ) -> bool:
-    """Whether the folder says what it was begun with."""
+    """Whether the folder said before what it was begun with."""
     make_writable(out)
     held.enter_context(only_process(out))
     begun = (out / CONFIG_FILE).exists()

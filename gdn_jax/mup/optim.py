@@ -153,7 +153,7 @@ def sgd(
 
 def group_labels(specs: Any) -> Any:
     """The label tree of ``optax.partition``: each spec's group name, those of blocks apart from others."""
-    return jax.tree.map(_label, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return _labels(specs, lambda spec: None)
 
 
 def _label(spec: ParamSpec) -> str:
@@ -183,7 +183,7 @@ def _partitioned(
     decay_mode: str,
     clip_norm: float | None,
     peak_learning_rate: Any | None,
-    form: Callable[[ParamSpec], Hashable] = lambda spec: None,
+    form: Callable[[ParamSpec], Hashable] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode must be one of {', '.join(DECAY_MODES)}; got {decay_mode!r}.")
@@ -196,7 +196,7 @@ def _partitioned(
     if unknown:
         raise ValueError(f"rules must cover every parameter group; missing {', '.join(unknown)}.")
     transforms: dict[Hashable, optax.GradientTransformation] = {}
-    labels = _labels(specs, form)
+    labels = group_labels(specs) if form is None else _labels(specs, form)
     for spec, label in zip(spec_leaves(specs), jax.tree.leaves(labels), strict=True):
         rule = rules.groups[spec.group]
         if spec.in_block:

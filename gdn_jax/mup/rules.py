@@ -12,7 +12,6 @@ takes them as arguments, so that one program serves every preset.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -42,18 +41,7 @@ class ParamRule(NamedTuple):
     decay: Any
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "groups",
-        "logits_multiplier",
-        "epsilon_multiplier",
-        "residual_multiplier",
-        "block_lr_multiplier",
-        "block_epsilon_multiplier",
-    ],
-    meta_fields=["optimizer"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """The rules of a whole model: a pytree of scalars.
@@ -68,7 +56,7 @@ class Rules:
         block_epsilon_multiplier: further factor on Adam's epsilon for them.
     """
 
-    optimizer: str
+    optimizer: str = dataclasses.field(metadata={"static": True})
     groups: dict[str, ParamRule]
     logits_multiplier: Any
     epsilon_multiplier: Any
